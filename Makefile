@@ -1,0 +1,71 @@
+# Everything runs in .venv, which the first target builds from package registries alone. A second
+# run finds the stamps newer than what they depend on and starts at once; an interrupted set-up has
+# no stamp and starts over.
+
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
+TORCH_CPU ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h)
+# The default number of threads of a test; more only fights over a small machine's cores.
+export OMP_NUM_THREADS ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DELETE_ON_ERROR:
+.PHONY: demo test test-all check format aot-table clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m ovfast demo --out demo-out
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+# Last, so that pytest's closing line is the last line printed.
+test-all: $(VENV)/.installed
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix-only --exit-zero .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+# Rewrites the committed resources of the Triton kernels for the installed Triton.
+aot-table: $(VENV)/.installed
+	$(BIN)/python -m tests.kernels.update_aot_table
+
+clean:
+	rm -rf build dist demo-out *.egg-info ovfast/_C.*.so .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "ovfast needs Python 3.11 or later; name it: make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch comes first: without a GPU the CPU build, or the plain dependency pulls gigabytes of CUDA.
+# "+cpu" is offered by PyTorch's own index and by many mirrors, not by PyPI.
+$(VENV)/.torch: $(VENV)/.created
+	@if [ -e /dev/nvidia0 ] || command -v nvidia-smi >/dev/null 2>&1 || [ "$$(uname -s)" != Linux ]; then \
+		echo "installing torch"; $(BIN)/python -m pip install "torch>=2.11"; \
+	else \
+		echo "installing $(TORCH_CPU), CPU build"; \
+		$(BIN)/python -m pip install "$(TORCH_CPU)+cpu" 2>/dev/null \
+		|| $(BIN)/python -m pip install --retries 1 --timeout 30 "$(TORCH_CPU)+cpu" \
+			--extra-index-url https://download.pytorch.org/whl/cpu \
+		|| { echo "no CPU build of $(TORCH_CPU) found; see README, Install" >&2; exit 1; }; \
+	fi
+	@touch $@
+
+# csrc/ is named too: a removed source changes the directory's time.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py csrc $(NATIVE)
+	$(BIN)/python -m pip install --editable ".[dev]"
+	@touch $@

@@ -1,0 +1,54 @@
+"""Shipped specialisations compile for GPUs that are not here, as lean as the committed table."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.interpreter import INTERPRETING
+
+pytest.importorskip("triton", reason="needs triton")
+if INTERPRETING:
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+from tests.kernels.aot_variants import ALL_SM, DEFAULT_SM, VARIANTS, read_table
+from tests.support.aot import TRITON_MINOR, Variant, compile_variant
+
+# Shared memory that one block may have: 163 KB on sm_80, 227 KB from sm_90 on.
+MAX_SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
+
+SM_PARAMS = [
+    pytest.param(sm, id=f"sm_{sm}", marks=() if sm == DEFAULT_SM else pytest.mark.slow)
+    for sm in ALL_SM
+]
+
+
+@pytest.mark.parametrize("sm", SM_PARAMS)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.kernel_name}-{v.name}")
+def test_resources(
+    variant: Variant, sm: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # compile here, not in an older run
+    resources, sass = compile_variant(variant, sm)
+    assert resources.stack_bytes == 0
+    assert resources.spill_instructions == 0
+    assert resources.shared_bytes <= MAX_SHARED_BYTES[sm]
+    assert resources.wide_loads >= variant.min_wide_loads
+    for instruction in variant.instructions:
+        assert instruction in sass
+    versions = read_table()[variant.kernel_name][variant.name][f"sm_{sm}"]
+    if TRITON_MINOR in versions:
+        assert resources.as_dict() == versions[TRITON_MINOR], "intended? then `make aot-table`"
+
+
+def test_table_names_what_is_shipped() -> None:
+    shipped = {
+        (variant.kernel_name, variant.name, f"sm_{sm}") for variant in VARIANTS for sm in ALL_SM
+    }
+    listed = {
+        (kernel, name, sm)
+        for kernel, names in read_table().items()
+        for name, targets in names.items()
+        for sm in targets
+    }
+    assert listed == shipped
+    assert len(shipped) == len(VARIANTS) * len(ALL_SM), "two specialisations share a name"

@@ -15,18 +15,17 @@ import stat
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ovfast.errors import MediaError, OptionError
+from ovfast.errors import MediaError
+from ovfast.media_limits import MediaLimits, check_clip, check_pixels
+from ovfast.video_file import choose_frames, decode_clip
 
-if TYPE_CHECKING:
-    import av.container
-    import av.video
+__all__ = ["MediaLimits", "choose_frames", "load_image", "load_video"]
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -44,49 +43,12 @@ _ORIENTATIONS = {
 }
 # Pillow hands EPS to an external Ghostscript process.
 _REFUSED_FORMATS = frozenset({"EPS"})
-# A clip may be a playlist ("ffconcat", HLS); without this FFmpeg would open the files it names.
-_AV_OPTIONS = {"protocol_whitelist": "none"}
-_ATTACHED_PICTURE = 0x400  # FFmpeg's disposition of cover art
 _PICTURES = (
     "a path, encoded bytes, a data URI, a PIL image, or a uint8 array or tensor (height, width, 3)"
 )
 _CLIPS = (
     "a path, encoded bytes, a uint8 array or tensor (frames, height, width, 3), or a list of frames"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class MediaLimits:
-    """What one picture or clip may cost; all but the arrays' own size are checked before decoding.
-
-    Args:
-        max_image_bytes: encoded size of a picture.
-        max_image_pixels: height · width of a picture.
-        max_video_bytes: encoded size of a clip.
-        max_stream_frames: frames in a clip's file, chosen or not (all are decoded on the way).
-        max_video_frames: frames of a clip that go on to the model.
-        max_frame_pixels: height · width of one frame.
-        max_video_pixels: frames · height · width of the frames that go on (3 bytes each).
-    """
-
-    max_image_bytes: int = 268_435_456
-    max_image_pixels: int = 150_000_000
-    max_video_bytes: int = 4_294_967_296
-    max_stream_frames: int = 432_000
-    max_video_frames: int = 512
-    max_frame_pixels: int = 36_000_000
-    max_video_pixels: int = 1_000_000_000
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(
-                    f"MediaLimits({field.name}={value!r}); expected an integer of at least 1. "
-                    "Use a large number to switch a limit off."
-                )
-
-
 _DEFAULT_LIMITS = MediaLimits()
 
 
@@ -114,7 +76,7 @@ def load_image(
     array = _as_array(source, "image")
     if array is not None:
         _check_array(array, "image", ("height", "width", "3"))
-        _check_pixels(array.shape[0], array.shape[1], "image", limits.max_image_pixels)
+        check_pixels(array.shape[0], array.shape[1], "image", limits.max_image_pixels)
         return _own(array)
     if isinstance(source, Image.Image):
         return _decode_picture(source, "PIL image", limits, exif)
@@ -162,39 +124,12 @@ def load_video(
     array = _as_array(source, "video")
     if array is not None:
         _check_array(array, "video", ("frames", "height", "width", "3"))
-        _check_clip(array.shape[0], array.shape[1:3], limits)
+        check_clip(array.shape[0], array.shape[1:3], limits)
         return _own(array)
     if isinstance(source, Image.Image):
         raise MediaError(f"video is a PIL image; expected {_CLIPS}. Pass [image] for one frame.")
     with _open_source(source, "video", limits.max_video_bytes, "max_video_bytes") as file:
-        return _decode_clip(file, _describe(source), limits, num_frames, fps, exif)
-
-
-def choose_frames(
-    num_stream_frames: int, average_fps: float, *, num_frames: int, fps: float | None
-) -> list[int]:
-    """Choose which frames of a file are used (model.md 3.8).
-
-    With `fps`, every round(average_fps / fps)-th frame; without, or where those are more than
-    `num_frames`, linspace(0, N − 1, num_frames) truncated to integers. Unlike the tutorial, a clip
-    of fewer than `num_frames` frames is taken whole instead of repeating frames.
-
-    Args:
-        num_stream_frames: N, frames in the file.
-        average_fps: of the file; used only with `fps`.
-        num_frames: the most to choose.
-        fps: wanted frames per second, or None.
-
-    Returns:
-        Frame numbers, rising.
-    """
-    indices = list(range(num_stream_frames))
-    if fps is not None:
-        indices = indices[:: max(1, round(average_fps / fps))]
-    if len(indices) > num_frames:
-        spread = np.linspace(0, num_stream_frames - 1, num_frames)
-        indices = [int(index) for index in spread]
-    return indices
+        return decode_clip(file, _describe(source), limits, num_frames, fps, exif)
 
 
 def _describe(source: object) -> str:
@@ -273,18 +208,6 @@ def _check_bytes(num_bytes: int, what: str, name: str, max_bytes: int, limit: st
         raise MediaError(
             f"{what} {name} has {num_bytes} bytes; at most {max_bytes} are allowed. "
             f"Make it smaller or raise MediaLimits.{limit}."
-        )
-
-
-def _check_pixels(height: int, width: int, name: str, max_pixels: int, limit: str = "") -> None:
-    if height < 1 or width < 1:
-        raise MediaError(
-            f"{name} is {height}×{width} (height×width); expected at least 1×1. Check its source."
-        )
-    if height * width > max_pixels:
-        raise MediaError(
-            f"{name} is {height}×{width} = {height * width} pixels; at most {max_pixels} are "
-            f"allowed. Make it smaller or raise MediaLimits.{limit or 'max_image_pixels'}."
         )
 
 
@@ -374,7 +297,7 @@ def _undecodable(name: str, error: BaseException) -> MediaError:
 
 def _decode_picture(picture: Image.Image, name: str, limits: MediaLimits, exif: bool) -> UInt8Array:
     width, height = picture.size
-    _check_pixels(height, width, f"image {name}", limits.max_image_pixels)
+    check_pixels(height, width, f"image {name}", limits.max_image_pixels)
     # The further pictures of an MPO are a camera's previews.
     if picture.format != "MPO" and _ask(lambda: picture.is_animated, False):  # type: ignore[attr-defined]
         _logger.info("image %s holds several frames or pages; one of them is used", name)
@@ -420,28 +343,10 @@ def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
     return (picture.convert(through) if through else picture).convert("RGB")
 
 
-def _check_clip(num_frames: int, size_hw: tuple[int, int], limits: MediaLimits) -> None:
-    height, width = size_hw
-    if num_frames < 1:
-        raise MediaError("video has no frames; expected at least 1. Check its source.")
-    if num_frames > limits.max_video_frames:
-        raise MediaError(
-            f"video has {num_frames} frames; at most {limits.max_video_frames} are allowed. "
-            "Choose fewer (num_frames, fps) or raise MediaLimits.max_video_frames."
-        )
-    _check_pixels(height, width, "frame of a video", limits.max_frame_pixels, "max_frame_pixels")
-    if num_frames * height * width > limits.max_video_pixels:
-        raise MediaError(
-            f"video has {num_frames} frames of {height}×{width} pixels; at most "
-            f"{limits.max_video_pixels} pixels in all are allowed. Choose fewer frames, make them "
-            "smaller or raise MediaLimits.max_video_pixels."
-        )
-
-
 def _stack_pictures(sources: Sequence[object], limits: MediaLimits, exif: bool) -> UInt8Array:
-    _check_clip(len(sources), (1, 1), limits)
+    check_clip(len(sources), (1, 1), limits)
     first = load_image(sources[0], limits=limits, exif=exif)
-    _check_clip(len(sources), first.shape[:2], limits)
+    check_clip(len(sources), first.shape[:2], limits)
     frames = np.empty((len(sources), *first.shape), np.uint8)
     frames[0] = first
     for index, source in enumerate(sources[1:], start=1):
@@ -453,104 +358,3 @@ def _stack_pictures(sources: Sequence[object], limits: MediaLimits, exif: bool) 
             )
         frames[index] = frame
     return frames
-
-
-def _decode_clip(
-    file: BinaryIO,
-    name: str,
-    limits: MediaLimits,
-    num_frames: int,
-    fps: float | None,
-    exif: bool,
-) -> UInt8Array:
-    try:
-        import av
-    except ImportError as error:
-        raise MediaError(
-            f"video {name} needs PyAV, which is not installed; without it, expected an array or a "
-            "list of frames. Run 'pip install av'."
-        ) from error
-    try:
-        with av.open(file, "r", options=_AV_OPTIONS, metadata_errors="replace") as container:
-            count, average_fps = _probe_clip(container, name, limits, fps)
-        while True:
-            indices = choose_frames(count, average_fps, num_frames=num_frames, fps=fps)
-            _check_clip(len(indices), (1, 1), limits)
-            file.seek(0)
-            with av.open(file, "r", options=_AV_OPTIONS, metadata_errors="replace") as container:
-                frames, decoded = _decode_frames(container, indices, limits, exif)
-            if frames is not None:
-                return frames
-            # Packets without a picture of their own (field pairs, hidden frames): count was high.
-            count = decoded
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(
-            f"video {name} cannot be decoded ({type(error).__name__}: {error}); expected a "
-            "complete, valid clip in one file. Check that it was written or downloaded completely."
-        ) from error
-
-
-def _video_stream(container: "av.container.InputContainer") -> "av.video.VideoStream | None":
-    for stream in container.streams.video:
-        if not int(stream.disposition) & _ATTACHED_PICTURE and stream.codec_context is not None:
-            stream.thread_type = "AUTO"
-            return stream
-    return None
-
-
-def _probe_clip(
-    container: "av.container.InputContainer", name: str, limits: MediaLimits, fps: float | None
-) -> tuple[int, float]:
-    stream = _video_stream(container)
-    if stream is None:
-        raise MediaError(
-            f"video {name} has no video stream that can be decoded (streams: "
-            f"{[each.type for each in container.streams]}); expected one. Check the file."
-        )
-    context = stream.codec_context
-    # Zero means unknown before decoding; then the first frame is checked.
-    _check_clip(1, (context.height or 1, context.width or 1), limits)
-    rate = stream.average_rate or stream.guessed_rate
-    if fps is not None and not rate:
-        raise MediaError(
-            f"video {name} does not say its frame rate; expected one for fps={fps}. Use fps=None."
-        )
-    # Counted, because the header's number is often absent or wrong.
-    count = 0
-    for packet in container.demux(stream):
-        count += bool(packet.size and not packet.is_discard)
-        if count > limits.max_stream_frames:
-            raise MediaError(
-                f"video {name} has more than {limits.max_stream_frames} frames in its file, the "
-                "most allowed. Cut it or raise MediaLimits.max_stream_frames."
-            )
-    return count, float(rate or 0.0)
-
-
-def _decode_frames(
-    container: "av.container.InputContainer",
-    indices: Sequence[int],
-    limits: MediaLimits,
-    exif: bool,
-) -> tuple[UInt8Array | None, int]:
-    stream = _video_stream(container)
-    assert stream is not None
-    frames: UInt8Array | None = None
-    size: tuple[int, int] | None = None
-    taken = decoded = 0
-    for frame in container.decode(stream):
-        if decoded == indices[taken]:
-            if size is None:
-                size = frame.height, frame.width
-                _check_clip(len(indices), size, limits)
-            # A stream that changes its size half-way is brought to the first frame's.
-            picture = frame.to_ndarray(format="rgb24", height=size[0], width=size[1])
-            picture = np.rot90(picture, round(frame.rotation / 90) if exif else 0)
-            if frames is None:
-                frames = np.empty((len(indices), *picture.shape), np.uint8)
-            frames[taken] = picture
-            taken += 1
-            if taken == len(indices):
-                return frames, decoded + 1
-        decoded += 1
-    return None, decoded

@@ -550,10 +550,10 @@ def test_lossless_pixels(tmp_path):
 
 
 def test_a_count_that_is_too_high_is_corrected(tmp_path, monkeypatch):
-    import ovfast.media as media
+    import ovfast.video_file as video_file
 
-    probe = media._probe_clip
-    monkeypatch.setattr(media, "_probe_clip", lambda *args: (probe(*args)[0] + 9, 10.0))
+    probe = video_file._probe_clip
+    monkeypatch.setattr(video_file, "_probe_clip", lambda *args: (probe(*args)[0] + 9, 10.0))
     path = write_clip(tmp_path / "clip.mkv", 20)
     assert grey_levels(load_video(path, num_frames=3)) == [0, 9, 19]
 

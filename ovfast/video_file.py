@@ -1,0 +1,167 @@
+"""Video files: which frames of a clip are taken, and their decoding with PyAV.
+
+Owns counting, choosing and decoding frames; clips as arrays or lists of pictures are media.py's.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from ovfast.errors import MediaError
+from ovfast.media_limits import MediaLimits, check_clip
+
+if TYPE_CHECKING:
+    import av.container
+    import av.video
+
+UInt8Array = npt.NDArray[np.uint8]
+
+# A clip may be a playlist ("ffconcat", HLS); without this FFmpeg would open the files it names.
+_AV_OPTIONS = {"protocol_whitelist": "none"}
+_ATTACHED_PICTURE = 0x400  # FFmpeg's disposition of cover art
+
+
+def choose_frames(
+    num_stream_frames: int, average_fps: float, *, num_frames: int, fps: float | None
+) -> list[int]:
+    """Choose which frames of a file are used (model.md 3.8).
+
+    With `fps`, every round(average_fps / fps)-th frame; without, or where those are more than
+    `num_frames`, linspace(0, N − 1, num_frames) truncated to integers. Unlike the tutorial, a clip
+    of fewer than `num_frames` frames is taken whole instead of repeating frames.
+
+    Args:
+        num_stream_frames: N, frames in the file.
+        average_fps: of the file; used only with `fps`.
+        num_frames: the most to choose.
+        fps: wanted frames per second, or None.
+
+    Returns:
+        Frame numbers, rising.
+    """
+    indices = list(range(num_stream_frames))
+    if fps is not None:
+        indices = indices[:: max(1, round(average_fps / fps))]
+    if len(indices) > num_frames:
+        spread = np.linspace(0, num_stream_frames - 1, num_frames)
+        indices = [int(index) for index in spread]
+    return indices
+
+
+def decode_clip(
+    file: BinaryIO,
+    name: str,
+    limits: MediaLimits,
+    num_frames: int,
+    fps: float | None,
+    exif: bool,
+) -> UInt8Array:
+    """Decodes the chosen frames of a clip.
+
+    Args:
+        file: the encoded clip, seekable.
+        name: of the clip, for messages.
+        limits: of the clip.
+        num_frames: frames to choose at most.
+        fps: frames per second to choose instead.
+        exif: turn frames as the clip's display matrix says.
+
+    Returns:
+        (frames, height, width, 3).
+
+    Raises:
+        MediaError: not decodable, no frames, or beyond a limit.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise MediaError(
+            f"video {name} needs PyAV, which is not installed; without it, expected an array or a "
+            "list of frames. Run 'pip install av'."
+        ) from error
+    try:
+        with av.open(file, "r", options=_AV_OPTIONS, metadata_errors="replace") as container:
+            count, average_fps = _probe_clip(container, name, limits, fps)
+        while True:
+            indices = choose_frames(count, average_fps, num_frames=num_frames, fps=fps)
+            check_clip(len(indices), (1, 1), limits)
+            file.seek(0)
+            with av.open(file, "r", options=_AV_OPTIONS, metadata_errors="replace") as container:
+                frames, decoded = _decode_frames(container, indices, limits, exif)
+            if frames is not None:
+                return frames
+            # Packets without a picture of their own (field pairs, hidden frames): count was high.
+            count = decoded
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise MediaError(
+            f"video {name} cannot be decoded ({type(error).__name__}: {error}); expected a "
+            "complete, valid clip in one file. Check that it was written or downloaded completely."
+        ) from error
+
+
+def _video_stream(container: "av.container.InputContainer") -> "av.video.VideoStream | None":
+    for stream in container.streams.video:
+        if not int(stream.disposition) & _ATTACHED_PICTURE and stream.codec_context is not None:
+            stream.thread_type = "AUTO"
+            return stream
+    return None
+
+
+def _probe_clip(
+    container: "av.container.InputContainer", name: str, limits: MediaLimits, fps: float | None
+) -> tuple[int, float]:
+    stream = _video_stream(container)
+    if stream is None:
+        raise MediaError(
+            f"video {name} has no video stream that can be decoded (streams: "
+            f"{[each.type for each in container.streams]}); expected one. Check the file."
+        )
+    context = stream.codec_context
+    # Zero means unknown before decoding; then the first frame is checked.
+    check_clip(1, (context.height or 1, context.width or 1), limits)
+    rate = stream.average_rate or stream.guessed_rate
+    if fps is not None and not rate:
+        raise MediaError(
+            f"video {name} does not say its frame rate; expected one for fps={fps}. Use fps=None."
+        )
+    # Counted, because the header's number is often absent or wrong.
+    count = 0
+    for packet in container.demux(stream):
+        count += bool(packet.size and not packet.is_discard)
+        if count > limits.max_stream_frames:
+            raise MediaError(
+                f"video {name} has more than {limits.max_stream_frames} frames in its file, the "
+                "most allowed. Cut it or raise MediaLimits.max_stream_frames."
+            )
+    return count, float(rate or 0.0)
+
+
+def _decode_frames(
+    container: "av.container.InputContainer",
+    indices: Sequence[int],
+    limits: MediaLimits,
+    exif: bool,
+) -> tuple[UInt8Array | None, int]:
+    stream = _video_stream(container)
+    assert stream is not None
+    frames: UInt8Array | None = None
+    size: tuple[int, int] | None = None
+    taken = decoded = 0
+    for frame in container.decode(stream):
+        if decoded == indices[taken]:
+            if size is None:
+                size = frame.height, frame.width
+                check_clip(len(indices), size, limits)
+            # A stream that changes its size half-way is brought to the first frame's.
+            picture = frame.to_ndarray(format="rgb24", height=size[0], width=size[1])
+            picture = np.rot90(picture, round(frame.rotation / 90) if exif else 0)
+            if frames is None:
+                frames = np.empty((len(indices), *picture.shape), np.uint8)
+            frames[taken] = picture
+            taken += 1
+            if taken == len(indices):
+                return frames, decoded + 1
+        decoded += 1
+    return None, decoded

@@ -1,0 +1,37 @@
+"""Fixtures shared by all tests: random checkpoints, made once a session."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support import interpreter
+from tests.support.checkpoints import CheckpointSpec, make_checkpoint
+
+MakeCheckpoint = Callable[..., Path]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    interpreter.register(config)
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """random_checkpoint(spec=CheckpointSpec(), layout="v5") -> its directory; never write there."""
+    made: dict[tuple[CheckpointSpec, str], Path] = {}
+
+    def make(spec: CheckpointSpec | None = None, layout: str = "v5") -> Path:
+        key = (spec or CheckpointSpec(), layout)
+        if key not in made:
+            made[key] = make_checkpoint(
+                tmp_path_factory.mktemp("checkpoint") / "random", key[0], layout=layout
+            )
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(random_checkpoint: MakeCheckpoint) -> Path:
+    """Directory of the default random checkpoint."""
+    return random_checkpoint()

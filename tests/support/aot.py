@@ -1,0 +1,110 @@
+"""Compiles Triton kernels for GPUs that are not here and reads what they need from the binary."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TRITON_MINOR = ".".join(triton.__version__.split(".")[:2])
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One specialisation that a launcher ships.
+
+    Attributes:
+        kernel: the @triton.jit function.
+        name: of the specialisation, unique for the kernel.
+        arguments: an example call without constexprs: "*bf16" for a pointer as torch allocates
+            it (aligned), an int for a size or stride.
+        constexprs: meta-parameters by name.
+        options: num_warps and the like, as the launcher gives them.
+        min_wide_loads: 128-bit global loads that the binary must have.
+        instructions: mnemonics that the binary must have, such as "HGMMA".
+    """
+
+    kernel: Any
+    name: str
+    arguments: dict[str, str | int]
+    constexprs: dict[str, Any]
+    options: dict[str, Any]
+    min_wide_loads: int = 0
+    instructions: tuple[str, ...] = field(default=())
+
+    @property
+    def kernel_name(self) -> str:
+        return str(self.kernel.__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a compiled kernel needs; the fields of the committed table."""
+
+    registers: int  # a thread
+    stack_bytes: int  # a thread: spilled registers and local arrays
+    shared_bytes: int  # a block
+    wide_loads: int  # 128-bit global load instructions
+    spill_instructions: int  # loads and stores of local memory
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def compile_variant(variant: Variant, sm: int) -> tuple[Resources, str]:
+    """Compiles for compute capability sm (90 is sm_90).
+
+    Returns:
+        The resources and the disassembly.
+    """
+    target = GPUTarget("cuda", sm, 32)
+    compiled = triton.compile(_source(variant), target=target, options=variant.options)
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = Path(directory) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "--dump-resource-usage", str(cubin))
+        sass = _tool("nvdisasm", "-c", str(cubin))
+    match = _USAGE.search(usage)
+    assert match is not None, f"cuobjdump reports no resources:\n{usage}"
+    registers, stack, static_shared, local = map(int, match.groups())
+    resources = Resources(
+        registers=registers,
+        stack_bytes=stack + local,
+        shared_bytes=static_shared + compiled.metadata.shared,
+        wide_loads=len(re.findall(r"\bLDG\.E\S*\.128\b", sass)),
+        spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+    )
+    return resources, sass
+
+
+def _source(variant: Variant) -> ASTSource:
+    """Specialises as a launch does: an int of 1 is a constant, a multiple of 16 says so."""
+    names = variant.kernel.arg_names
+    signature: dict[str, str] = {}
+    constants = dict(variant.constexprs)
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
+    for position, name in enumerate(names):
+        value = variant.arguments.get(name)
+        if name in constants or value == 1:
+            signature[name] = "constexpr"
+            constants.setdefault(name, 1)
+        elif isinstance(value, str):
+            signature[name] = value
+        else:
+            assert value is not None, f"{variant.name} gives no {name}"
+            signature[name] = "i32"
+        if isinstance(value, str) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(variant.kernel, signature, constants, attributes)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    command = [str(_TOOLS / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

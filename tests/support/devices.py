@@ -1,0 +1,28 @@
+"""Where a kernel test runs: parameters for the interpreter on the CPU and for a CUDA device."""
+
+import pytest
+import torch
+
+from tests.support.interpreter import INTERPRETING
+
+requires_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def kernel_params() -> list[object]:
+    """(device, dtype) parameters of a kernel test.
+
+    The interpreter has no bfloat16: its tl.dot multiplies raw bits and its stores truncate.
+    """
+    cpu = [
+        pytest.param("cpu", dtype, marks=pytest.mark.interpreter, id=f"cpu-{name}")
+        for name, dtype in (("f32", torch.float32), ("f16", torch.float16))
+    ]
+    cuda = [
+        pytest.param("cuda", dtype, marks=[pytest.mark.gpu, requires_cuda], id=f"cuda-{name}")
+        for name, dtype in (
+            ("f32", torch.float32),
+            ("f16", torch.float16),
+            ("bf16", torch.bfloat16),
+        )
+    ]
+    return cpu if INTERPRETING else [*cpu, *cuda]

@@ -1,0 +1,55 @@
+"""What the processor hands to the model: one laid-out request."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovfast.anyres import VisualOptions, VisualPlan
+
+__all__ = ["ModelInputs", "VisualSpan"]
+
+
+@dataclass(frozen=True, slots=True)
+class VisualSpan:
+    """Positions start…end of input_ids that hold the tokens of one picture or video."""
+
+    start: int
+    end: int
+    plan_index: int
+    kind: Literal["image", "video"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ModelInputs:
+    """One laid-out request.
+
+    Attributes:
+        input_ids: (num_tokens,) int64; the placeholder id at visual positions.
+        spans: where each picture and video stands, in order.
+        plans: one for each span, in the same order.
+        views: (num_views, image_size, image_size, 3) uint8, those of the first plan first.
+        visual: the options it was laid out with.
+        media_ms, preprocess_ms: time for decoding, and for everything after it.
+    """
+
+    input_ids: NDArray[np.int64]
+    spans: tuple[VisualSpan, ...]
+    plans: tuple[VisualPlan, ...]
+    views: NDArray[np.uint8]
+    visual: VisualOptions
+    media_ms: float = 0.0
+    preprocess_ms: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_visual_tokens(self) -> int:
+        return sum(span.end - span.start for span in self.spans)
+
+    @property
+    def num_views(self) -> int:
+        return len(self.views)

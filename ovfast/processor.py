@@ -1,0 +1,396 @@
+"""From a prompt and its media to ModelInputs: ids with explicit visual spans, plans, views.
+
+Token counts come from plans, never from pixels: `layout` needs sizes only, and `prepare` lays out
+the same way before it builds views. Prompts and templates: chat.py. Text: text_tokenizer.py.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tokenizers import Tokenizer
+
+from ovfast.anyres import VisualOptions, VisualPlan, plan_image, plan_video
+from ovfast.chat import (
+    BARE,
+    MARKERS,
+    Message,
+    Part,
+    Segment,
+    mark_places,
+    parse_chat,
+    parse_question,
+)
+from ovfast.chat_template import load_template
+from ovfast.config import ModelConfig
+from ovfast.errors import CheckpointError, PromptError
+from ovfast.image import Pack, build_video_views, build_views
+from ovfast.media import MediaLimits, load_image, load_video
+from ovfast.model_inputs import ModelInputs, VisualSpan
+from ovfast.text_tokenizer import IncrementalDecoder, TextTokenizer
+
+__all__ = ["IncrementalDecoder", "ModelInputs", "Processor", "VisualSpan"]
+
+SizeHW = tuple[int, int]
+
+
+class _Layout(NamedTuple):
+    """A prompt in segments, and the sources of its media in the order of the segments."""
+
+    segments: list[Segment]
+    images: list[Any]
+    videos: list[Any]
+
+
+class Processor:
+    """Tokenizer, chat template and picture geometry of a checkpoint; safe to share by threads.
+
+    Args:
+        path: the checkpoint's directory.
+        config: its configuration, with the real vocab_size.
+
+    Raises:
+        CheckpointError: tokenizer or template files are missing or unusable.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig) -> None:
+        path = Path(path)
+        self.config = config
+        self.geometry = config.geometry
+        self._text = TextTokenizer(path, tuple(MARKERS.values()))
+        video_id = config.image_token_id if config.video_token_id is None else config.video_token_id
+        self._placeholder_ids = {"image": config.image_token_id, "video": video_id}
+        for kind, marker in MARKERS.items():
+            known = self._text.special_ids.get(marker, self._placeholder_ids[kind])
+            if known != self._placeholder_ids[kind]:
+                raise CheckpointError(
+                    f"{path}: the tokenizer has {marker} as id {known}, config.json as id "
+                    f"{self._placeholder_ids[kind]}; expected the same. Download both again."
+                )
+        self._template = load_template(path, config)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer itself; it takes special tokens in text for plain text."""
+        return self._text.tokenizer
+
+    @property
+    def num_known_ids(self) -> int:
+        """Ids with a tokenizer entry."""
+        return len(self._text.known_ids)
+
+    @property
+    def forbidden_ids(self) -> NDArray[np.int64]:
+        """Sorted ids below vocab_size that are never generated: placeholders, no entry."""
+        allowed = self._text.known_ids - set(self._placeholder_ids.values())
+        ids = np.arange(self.config.text.vocab_size)
+        return ids[~np.isin(ids, np.fromiter(allowed, np.int64))]
+
+    @property
+    def terminator_ids(self) -> tuple[int, ...]:
+        """Ids that end a turn: "<|im_end|>" and a newline."""
+        return tuple(self._encode([Segment("template", "<|im_end|>\n")]))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of plain text; nothing in it is special."""
+        return self._text.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, without special tokens; what is no UTF-8 becomes U+FFFD."""
+        return self._text.decode(ids)
+
+    def new_decoder(self) -> IncrementalDecoder:
+        """A decoder for the ids of one answer."""
+        return IncrementalDecoder(self._text)
+
+    def continue_ids(self, prompt_ids: Sequence[int], text: str) -> list[int]:
+        """Ids of a prompt followed by text; the prompt's last plain ids may merge with it.
+
+        Args:
+            prompt_ids: a laid-out prompt.
+            text: plain text; nothing in it is special.
+
+        Returns:
+            All ids.
+        """
+        placeholders = self._placeholder_ids.values()
+        start = len(prompt_ids)
+        while start and not (
+            self._text.is_special(prompt_ids[start - 1]) or prompt_ids[start - 1] in placeholders
+        ):
+            start -= 1
+        head, tail = list(prompt_ids[:start]), list(prompt_ids[start:])
+        before = self._text.decode(tail)
+        if self._text.encode(before) != tail:  # ids that no text has
+            return head + tail + self._text.encode(text)
+        return head + self._text.encode(before + text)
+
+    def layout(
+        self,
+        prompt: str | Sequence[object],
+        *,
+        images: Sequence[SizeHW] = (),
+        videos: Sequence[tuple[int, SizeHW]] = (),
+        visual: VisualOptions,
+        system: str | None = None,
+        raw: bool = False,
+    ) -> tuple[NDArray[np.int64], tuple[VisualSpan, ...], tuple[VisualPlan, ...]]:
+        """Lay a prompt out from sizes alone; the same ids and plans as `prepare`.
+
+        Args:
+            prompt: as for `prepare`; sources inside a chat's media parts are not read.
+            images: (height, width) of each picture, in the prompt's order.
+            videos: (frames, (height, width)) of each video, in the prompt's order.
+            visual: how pictures become views and tokens.
+            system: text of a system turn.
+            raw: the prompt is complete and its special tokens are special.
+
+        Returns:
+            input_ids (num_tokens,) int64, spans, plans.
+
+        Raises:
+            PromptError: the prompt cannot be laid out.
+            MediaError: a size that no picture has.
+        """
+        parsed = self._parse(prompt, list(images), list(videos), system, raw, from_sizes=True)
+        return self._lay_out(parsed, visual)
+
+    def prepare(
+        self,
+        prompt: str | Sequence[object],
+        *,
+        images: Any = None,
+        videos: Any = None,
+        visual: VisualOptions,
+        limits: MediaLimits,
+        system: str | None = None,
+        raw: bool = False,
+        pack: Pack | None = None,
+    ) -> ModelInputs:
+        """Lay a prompt out, load its media and build their views.
+
+        Args:
+            prompt: a question, in which <image> and <video> mark places, or a chat.
+            images: one picture or a list of them, each as `load_image` takes it.
+            videos: one video or a list of them, each as `load_video` takes it.
+            visual: how pictures become views and tokens.
+            limits: of the media.
+            system: text of a system turn.
+            raw: the prompt is complete and its special tokens are special.
+            pack: `pack_views` of an Ops; None takes the reference.
+
+        Returns:
+            The laid-out request.
+
+        Raises:
+            PromptError: the prompt cannot be laid out.
+            MediaError: a medium cannot be read or breaks a limit.
+        """
+        parsed = self._parse(prompt, _images(images), _videos(videos), system, raw)
+        started = time.perf_counter()
+        pictures = [load_image(s, limits=limits, exif=visual.exif) for s in parsed.images]
+        clips = [
+            load_video(
+                source,
+                limits=limits,
+                num_frames=visual.num_frames,
+                fps=visual.fps,
+                exif=visual.exif,
+            )
+            for source in parsed.videos
+        ]
+        loaded = time.perf_counter()
+        sizes = _Layout(
+            parsed.segments,
+            [picture.shape[:2] for picture in pictures],
+            [(len(clip), clip.shape[1:3]) for clip in clips],
+        )
+        input_ids, spans, plans = self._lay_out(sizes, visual)
+        media = {"image": iter(pictures), "video": iter(clips)}
+        ordered = [next(media[span.kind]) for span in spans]
+        views = self._build_views(ordered, plans, pack)
+        done = time.perf_counter()
+        return ModelInputs(
+            input_ids,
+            spans,
+            plans,
+            views,
+            visual,
+            media_ms=1e3 * (loaded - started),
+            preprocess_ms=1e3 * (done - loaded),
+        )
+
+    def _build_views(
+        self,
+        media: list[NDArray[np.uint8]],
+        plans: tuple[VisualPlan, ...],
+        pack: Pack | None,
+    ) -> NDArray[np.uint8]:
+        side = self.geometry.image_size
+        views = np.empty((sum(plan.num_views for plan in plans), side, side, 3), np.uint8)
+        row = 0
+        for pixels, plan in zip(media, plans, strict=True):
+            out = views[row : row + plan.num_views]
+            if plan.kind == "video":
+                build_video_views(pixels, plan, out)
+            else:
+                build_views(pixels, plan, out, pack=pack)
+            row += plan.num_views
+        return views
+
+    def _parse(
+        self,
+        prompt: object,
+        images: list[Any],
+        videos: list[Any],
+        system: object,
+        raw: object,
+        *,
+        from_sizes: bool = False,
+    ) -> _Layout:
+        """Check a prompt, render it, and bring its media into order."""
+        if not isinstance(raw, bool):
+            raise PromptError(f"raw={raw!r}; expected True or False.")
+        if system is not None and not isinstance(system, str):
+            raise PromptError(f"system={system!r:.100}; expected a str or None.")
+        if raw:
+            return self._parse_raw(prompt, images, videos, system)
+        if isinstance(prompt, str):
+            messages = [parse_question(prompt, len(images), len(videos))]
+        elif isinstance(prompt, list | tuple) and prompt:
+            messages = parse_chat(prompt)
+        else:
+            raise PromptError(
+                f"the prompt is {prompt!r:.100}; expected a str, or a list of messages such as "
+                "{'role': 'user', 'content': 'What is this?'}."
+            )
+        if system is not None:
+            if messages[0].role == "system":
+                raise PromptError("system= with a chat that has a system turn; expected one.")
+            turn = Message("system", (Part("text", (Segment("text", system),)),))
+            messages = [turn, *messages]
+        images = _sources(messages, "image", images, from_sizes=from_sizes)
+        videos = _sources(messages, "video", videos, from_sizes=from_sizes)
+        if self._template is None:
+            raise PromptError(
+                "the checkpoint has no chat template (chat_template.jinja, chat_template.json or "
+                "tokenizer_config.json); expected one. Write the full prompt with raw=True."
+            )
+        return _Layout(self._template.render(messages), images, videos)
+
+    def _parse_raw(
+        self, prompt: object, images: list[Any], videos: list[Any], system: str | None
+    ) -> _Layout:
+        if not isinstance(prompt, str) or system is not None:
+            raise PromptError(
+                f"raw=True with {type(prompt).__name__} prompt and system={system!r:.100}; "
+                "expected the complete prompt as one str, the system turn included."
+            )
+        segments = list(mark_places(prompt, "template"))
+        for kind, media in (("image", images), ("video", videos)):
+            marked = sum(segment.kind == kind for segment in segments)
+            if marked != len(media):
+                raise PromptError(
+                    f"the raw prompt has {marked} <{kind}> markers for {len(media)} {kind}s; "
+                    "expected as many. Place each marker where its medium belongs."
+                )
+        return _Layout(segments, images, videos)
+
+    def _lay_out(
+        self, layout: _Layout, visual: VisualOptions
+    ) -> tuple[NDArray[np.int64], tuple[VisualSpan, ...], tuple[VisualPlan, ...]]:
+        num_images = len(layout.images)
+        plan_of = {
+            "image": iter(
+                [
+                    plan_image(size, self.geometry, visual, num_images=num_images)
+                    for size in layout.images
+                ]
+            ),
+            "video": iter(
+                [plan_video(n, size, self.geometry, visual) for n, size in layout.videos]
+            ),
+        }
+        ids: list[NDArray[np.int64]] = []
+        spans: list[VisualSpan] = []
+        plans: list[VisualPlan] = []
+        position = 0
+        text: list[Segment] = []
+        for segment in (*layout.segments, None):
+            if segment is not None and segment.kind not in plan_of:
+                text.append(segment)
+                continue
+            ids.append(np.array(self._encode(text), np.int64))
+            position += len(ids[-1])
+            text = []
+            if segment is not None and (segment.kind == "image" or segment.kind == "video"):
+                plan = next(plan_of[segment.kind])
+                end = position + plan.num_tokens
+                spans.append(VisualSpan(position, end, len(plans), segment.kind))
+                plans.append(plan)
+                placeholder = self._placeholder_ids[segment.kind]
+                ids.append(np.full(plan.num_tokens, placeholder, np.int64))
+                position = end
+        return np.concatenate(ids), tuple(spans), tuple(plans)
+
+    def _encode(self, segments: Sequence[Segment]) -> list[int]:
+        """Ids of text segments. Special tokens split the text; what lies between them is one
+        string for the tokenizer, so that ids are those of the whole prompt.
+        """
+        ids: list[int] = []
+        plain: list[str] = []
+        for segment in segments:
+            trusted = segment.kind == "template"
+            pieces = self._text.split_special(segment.text) if trusted else [(segment.text, False)]
+            for piece, special in pieces:
+                if not special:
+                    plain.append(piece)
+                    continue
+                ids += self._text.encode("".join(plain))
+                ids.append(self._text.special_ids[piece])
+                plain = []
+        return ids + self._text.encode("".join(plain))
+
+
+def _sources(
+    messages: Sequence[Message],
+    kind: Literal["image", "video"],
+    given: list[Any],
+    *,
+    from_sizes: bool,
+) -> list[Any]:
+    """Sources of all media of a kind in the prompt's order; those without one take the given."""
+    wanted: list[Any] = []
+    for message in messages:
+        for part in message.parts:
+            if part.kind == kind:
+                wanted.append(BARE if from_sizes else part.source)
+            wanted += [BARE for segment in part.segments if segment.kind == kind]
+    bare = sum(source is BARE for source in wanted)
+    if bare != len(given):
+        raise PromptError(
+            f"the prompt has {bare} places for {kind}s= and {len(given)} were given; expected as "
+            f"many. In a chat, add {{'type': '{kind}'}} parts or remove {kind}s."
+        )
+    rest = iter(given)
+    return [next(rest) if source is BARE else source for source in wanted]
+
+
+def _images(images: object) -> list[Any]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def _videos(videos: object) -> list[Any]:
+    """A list of videos; a list whose items are all pictures is one video of these frames."""
+    if videos is None:
+        return []
+    if not isinstance(videos, list | tuple):
+        return [videos]
+    frames = all(isinstance(v, Image.Image) or getattr(v, "ndim", None) == 3 for v in videos)
+    return [videos] if videos and frames else list(videos)

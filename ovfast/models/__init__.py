@@ -1,0 +1,1 @@
+"""SigLIP tower, projector and Qwen2, and the model that joins them."""

@@ -1,0 +1,169 @@
+"""Choosing back ends: what is forced, what is found, and what is told."""
+
+import importlib
+import logging
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ovfast import ops as ops_module
+from ovfast import reference
+from ovfast.errors import BackendError, OptionError
+from ovfast.ops import OPERATIONS, Ops, make_ops
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Makes importing the named modules fail."""
+    real = importlib.import_module
+
+    def import_module(name: str, package: str | None = None) -> object:
+        if name in names:
+            raise ImportError(f"No module named {name!r}")
+        return real(name, package)
+
+    monkeypatch.setattr(ops_module.importlib, "import_module", import_module)
+
+
+def test_reference_runs_everywhere():
+    for device in (CPU, CUDA):
+        ops = make_ops(device, "reference")
+        assert ops.backend == "reference"
+        assert ops.where == dict.fromkeys(OPERATIONS, "reference")
+
+
+def test_where_names_every_operation():
+    operations = {name for name in Ops.__dataclass_fields__ if name not in ("backend", "where")}
+    assert set(make_ops(CPU, "reference").where) == operations
+
+
+@pytest.mark.parametrize("backend", ["cuda", "", "Reference"])
+def test_unknown_backend(backend):
+    with pytest.raises(OptionError, match="'auto', 'triton', 'native', 'reference'"):
+        make_ops(CPU, backend)
+
+
+def test_ops_are_frozen():
+    ops = make_ops(CPU, "reference")
+    with pytest.raises(AttributeError):
+        ops.backend = "native"
+    with pytest.raises(TypeError):
+        ops.where["linear"] = "native"
+
+
+def test_native_is_not_for_cuda():
+    with pytest.raises(BackendError, match="CPU only"):
+        make_ops(CUDA, "native")
+
+
+def test_triton_is_not_for_the_cpu():
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter takes CPU tensors")
+    with pytest.raises(BackendError, match="CUDA device"):
+        make_ops(CPU, "triton")
+
+
+def test_forced_native_without_the_module(monkeypatch):
+    hide(monkeypatch, "ovfast._C")
+    with pytest.raises(BackendError, match=r"ovfast\._C"):
+        make_ops(CPU, "native")
+
+
+def test_forced_triton_without_triton(monkeypatch):
+    hide(monkeypatch, "ovfast.kernels.pool")
+    with pytest.raises(BackendError, match="Install the `triton` package"):
+        make_ops(CUDA, "triton")
+
+
+def test_auto_without_the_module_warns_once(monkeypatch, caplog):
+    hide(monkeypatch, "ovfast._C")
+    ops_module._warn_without.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="ovfast"):
+        assert make_ops(CPU, "auto").backend == "reference"
+        assert make_ops(CPU, "auto").backend == "reference"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "ovfast._C is not built" in caplog.text
+
+
+def test_auto_on_cuda_without_triton_falls_back(monkeypatch, caplog):
+    hide(monkeypatch, "ovfast.kernels.pool")
+    ops_module._warn_without.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="ovfast"):
+        assert make_ops(CUDA, "auto").backend == "reference"
+    assert "Triton is not installed" in caplog.text
+
+
+def test_auto_takes_the_native_module_and_says_what_is_left(caplog):
+    pytest.importorskip("ovfast._C")
+    with caplog.at_level(logging.INFO, logger="ovfast"):
+        ops = make_ops(CPU, "auto")
+    assert ops.backend == "native"
+    assert ops.where["pack_views"] == "native"
+    assert ops.where["linear"] == "reference"
+    (record,) = caplog.records
+    assert "pack_views" not in record.getMessage()
+    assert "causal_attention" in record.getMessage()
+
+
+def test_auto_on_cuda_takes_triton():
+    pytest.importorskip("triton")
+    ops = make_ops(CUDA, "auto")
+    assert ops.backend == "triton"
+    assert ops.where["pool_and_pack"] == ops.where["project_and_pack"] == "triton"
+    assert ops.where["pack_views"] == "reference"
+
+
+@pytest.mark.parametrize(("offset_hw", "grid_hw"), [((0, 0), (1, 1)), ((3, 5), (2, 3))])
+def test_native_pack_views_has_the_reference_interface(offset_hw, grid_hw):
+    pytest.importorskip("ovfast._C")
+    ops = make_ops(CPU, "native")
+    side, (rows, cols) = 7, grid_hw
+    shape = (rows * side - 2 * offset_hw[0], cols * side - 2 * offset_hw[1], 3)
+    picture = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    out = np.full((rows * cols, side, side, 3), 99, np.uint8)
+    expected = np.zeros_like(out)
+    ops.pack_views(picture, offset_hw, grid_hw, 127, out)
+    reference.pack_views(picture, offset_hw, grid_hw, 127, expected)
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_packed_linear_shares_memory():
+    """A tied head must not be a second copy of the embedding."""
+    ops, weight = make_ops(CPU, "reference"), torch.ones(6, 4)
+    packed = ops.pack_linear(weight, None)
+    assert packed.weight.data_ptr() == weight.data_ptr()
+    assert torch.equal(ops.linear(torch.ones(1, 4), packed), torch.full((1, 6), 4.0))
+
+
+INTERPRETED = """
+import torch
+from ovfast import reference
+from ovfast.ops import PackedLinear, make_ops
+from ovfast.pack_table import grid_table
+
+ops = make_ops(torch.device("cpu"), "triton")
+assert ops.where["pool_and_pack"] == "triton"
+table = grid_table(2, 2, (0, 2, 0, 4), (2, 3))
+names = (table.source_rows, table.index_compact, table.weight)
+torch.manual_seed(0)
+args = (torch.randn(12, 5), *map(torch.from_numpy, names), PackedLinear(torch.randn(6, 5), None),
+        PackedLinear(torch.randn(6, 6), torch.randn(6)), torch.randn(6))
+out = ops.project_and_pack(*args, torch.empty(len(table.index), 6))
+expected = reference.project_and_pack(*args, torch.empty(len(table.index), 6))
+torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+"""
+
+
+def test_triton_projector_under_the_interpreter():
+    """In a process of its own: TRITON_INTERPRET must be set before Triton is imported."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", INTERPRETED]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr

@@ -1,7 +1,7 @@
 """The exception tree of ovfast; everything a caller may want to catch is here.
 
 OVFastError
-├── CheckpointError     files or tensors of a checkpoint are missing, unexpected, misshapen or unreadable
+├── CheckpointError     files or tensors of a checkpoint are missing, wrong or unreadable
 ├── ConfigError         a configuration that ovfast does not compute
 ├── MediaError          a picture or a video that cannot be read, or that breaks a limit
 ├── PromptError         a prompt or chat that cannot be laid out

@@ -12,16 +12,19 @@ ROOT = Path(__file__).resolve().parents[1]
 # other. A new module takes its place here first.
 LAYERS = (
     ("errors", "kernels", "_C"),
-    ("json_fields", "pack_table"),  # what config and anyres are made of
-    ("config_visual",),
-    ("config", "reference", "anyres"),
+    ("json_fields", "pack_table", "media_limits"),
+    ("config_visual", "video_file", "anyres"),
+    ("config", "cpu_linear"),
+    ("reference",),
     ("ops",),
     ("image", "media", "sampling", "kv_cache", "quantize", "roofline"),
     ("outputs", "tensor_names", "explain_draw", "chat"),
     ("weight_files", "chat_template", "text_tokenizer", "model_inputs"),
     ("models",),
     ("checkpoint", "processor", "runner"),
-    ("options", "request", "scoring"),  # what engine is made of
+    ("options", "request"),  # from here on what engine is made of
+    ("scheduler",),
+    ("scoring",),
     ("engine",),
     ("loading",),
     ("api", "explain", "verify", "bench", "integrations"),

@@ -1,0 +1,212 @@
+"""From a checkpoint to an engine: devices, dtypes, capacity, and every argument of ``ovfast.load``
+checked first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ovfast.anyres import VisualOptions
+from ovfast.checkpoint import CheckpointWeights, resolve_checkpoint, terminal_progress
+from ovfast.config import ModelConfig
+from ovfast.engine import Engine
+from ovfast.errors import BackendError, CapacityError, OptionError, QuantizationError
+from ovfast.kv_cache import kv_bytes_per_token
+from ovfast.media import MediaLimits
+from ovfast.models.llava_onevision import LlavaOnevision
+from ovfast.ops import make_ops
+from ovfast.processor import Processor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    backend: str = "auto",
+    quantization: str | None = None,
+    threads: int | None = None,
+    max_seq_len: int | None = None,
+    max_batch_size: int = 1,
+    attention: str = "auto",
+    cuda_graphs: bool = True,
+    graph_memory_bytes: int | None = None,
+    visual: VisualOptions | None = None,
+    media_limits: MediaLimits | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Engine:
+    """Loads a checkpoint into an engine.
+
+    Args:
+        model: a directory (lmms-lab or Hugging Face layout, safetensors), a Hub id, or ``"demo"``.
+        device: "auto" (CUDA where there is one, else CPU), "cpu", "cuda" or "cuda:N".
+        dtype: of weights, activations and cache: "float32", "bfloat16", "float16"; "auto" is
+            bfloat16 on CUDA and float32 on the CPU.
+        backend: "auto", "triton", "native" or "reference"; ``ovfast doctor`` lists what runs where.
+        quantization: None; no quantised back end is built in yet.
+        threads: CPU threads of torch's operations, for the whole process; None leaves torch's
+            setting.
+        max_seq_len: positions a request may have, prompt and answer; None takes the checkpoint's.
+        max_batch_size: requests decoded at a time; more run in waves.
+        attention: "auto" or "sdpa".
+        cuda_graphs: use captured graphs where the back end has them; the plain operations have
+            none.
+        graph_memory_bytes: ceiling of captured graphs; None, as no back end captures yet.
+        visual: how pictures become tokens by default.
+        media_limits: sizes that are refused before decoding.
+        revision: of a Hub id.
+        token: for a gated Hub id.
+        cache_dir: of the Hub's files; None takes the Hub library's.
+
+    Returns:
+        An Engine; close it, or use it in a ``with``.
+
+    Raises:
+        OptionError, BackendError, QuantizationError: an argument that is wrong or not available
+        here. CheckpointError, ConfigError: the checkpoint cannot be used.
+        CapacityError: weights and cache do not fit in memory.
+    """
+    _check_unavailable(quantization, attention, graph_memory_bytes)
+    _check_counts(threads=threads, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    target = resolve_device(device)
+    storage = _resolve_dtype(dtype, target)
+    for name, value, kind in (
+        ("visual", visual, VisualOptions),
+        ("media_limits", media_limits, MediaLimits),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise OptionError(f"{name}={value!r}; expected {kind.__name__} or None.")
+    if not isinstance(cuda_graphs, bool):
+        raise OptionError(f"cuda_graphs={cuda_graphs!r}; expected True or False.")
+    ops = make_ops(target, backend)
+    path = resolve_checkpoint(model, revision=revision, token=token, cache_dir=cache_dir)
+    config = ModelConfig.from_checkpoint(path)
+    positions = _resolve_positions(max_seq_len, config)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if config.ignored_generation_fields:
+        logger.info(
+            "of generation_config.json only stop ids are read; ignored: %s",
+            config.ignored_generation_fields,
+        )
+    weights = CheckpointWeights(path, config, progress=terminal_progress())
+    # The embedding's real rows rule: config.json may name another number.
+    config = replace(config, text=replace(config.text, vocab_size=weights.vocab_size))
+    processor = Processor(path, config)
+    cache_bytes = positions * max_batch_size * kv_bytes_per_token(config.text, storage)
+    _check_memory(weights.total_bytes(storage), cache_bytes, target)
+    built = LlavaOnevision(config, weights, ops, storage, target)
+    weights.finish()
+    return Engine(
+        built,
+        processor,
+        ops,
+        max_seq_len=positions,
+        max_batch_size=max_batch_size,
+        visual=visual or VisualOptions(),
+        media_limits=media_limits or MediaLimits(),
+    )
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        OptionError: not a device name.
+        BackendError: no such device here, or a kind of device that ovfast has no operations for.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise OptionError(
+            f"device={device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'."
+        ) from error
+    if target.type not in ("cpu", "cuda"):
+        raise BackendError(f"device={device!r}; ovfast runs on 'cpu' and 'cuda'.")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise BackendError(
+            f"device={device!r}, but {found} CUDA devices were found. Use"
+            " device='cpu', or check the driver."
+        )
+    return target
+
+
+def _resolve_dtype(dtype: Any, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, str) and dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    for name, storage in DTYPES.items():
+        if dtype is storage or (isinstance(dtype, str) and dtype == name):
+            return storage
+    raise OptionError(
+        f"dtype={dtype!r}; expected 'auto', {', '.join(map(repr, DTYPES))} or the torch dtype."
+    )
+
+
+def _resolve_positions(max_seq_len: int | None, config: ModelConfig) -> int:
+    limit = config.text.max_position_embeddings
+    if max_seq_len is not None and max_seq_len > limit:
+        raise OptionError(
+            f"max_seq_len={max_seq_len}; the checkpoint was made for at most {limit} positions."
+        )
+    return limit if max_seq_len is None else max_seq_len
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is None and name != "max_batch_size":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise OptionError(f"{name}={value!r}; expected an integer of at least 1.")
+
+
+def _check_unavailable(quantization: Any, attention: Any, graph_memory_bytes: Any) -> None:
+    if quantization is not None:
+        raise QuantizationError(
+            f"quantization={quantization!r}; this version computes unquantised. Use None."
+        )
+    if attention not in ("auto", "sdpa"):
+        raise BackendError(f"attention={attention!r}; this version has 'auto' and 'sdpa'.")
+    if graph_memory_bytes is not None:
+        raise OptionError(
+            f"graph_memory_bytes={graph_memory_bytes!r}; no back end captures graphs yet. Use None."
+        )
+
+
+def _check_memory(weight_bytes: int, cache_bytes: int, device: torch.device) -> None:
+    """Refuses what cannot fit. A CPU's cache is touched only as it fills, so there only the weights
+    count.
+    """
+    is_cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if is_cuda else _available_bytes()
+    need = weight_bytes + (cache_bytes if is_cuda else 0)
+    if free is not None and need > free:
+        raise CapacityError(
+            f"weights of {weight_bytes / 1e9:.2f} GB and a cache of {cache_bytes / 1e9:.2f} GB do"
+            f" not fit in the {free / 1e9:.2f} GB free on {device}. Use dtype='bfloat16', a smaller"
+            " max_seq_len or max_batch_size."
+        )
+
+
+def _available_bytes() -> int | None:
+    """Memory a process may still take, where the system tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None

@@ -1,0 +1,285 @@
+"""The step loop: slots, admission, prefill and decoding, driven by whichever threads want tokens.
+
+A step is what runs under the lock: one picture, one prefill, or one token of every active request.
+Each thread steps for itself and finds what other threads' steps have made for it.
+
+Ctrl-C may raise in the main thread between any two instructions, also while it steps for others;
+a dropped stream may be finalised in the middle of a step. So nothing has to be undone: a call
+marks itself ended by one store, and the next step collects its slots; a runner's step can be
+repeated; the lock is only taken by `with` on the bare lock, which no signal can cut in two.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from ovfast.errors import BackendError, CapacityError
+from ovfast.kv_cache import KVCache
+from ovfast.model_inputs import ModelInputs, VisualSpan
+from ovfast.models.llava_onevision import LlavaOnevision
+from ovfast.outputs import StreamChunk
+from ovfast.request import Request, milliseconds_since
+from ovfast.runner import DecodeRunner, StepResult
+
+# A waiting thread looks again after so long: an interrupt may have cut the call that wakes it.
+WAIT_S = 1.0
+
+T = TypeVar("T")
+
+
+class Loaded(NamedTuple):
+    """What closing an engine frees."""
+
+    model: LlavaOnevision
+    cache: KVCache
+    runner: DecodeRunner
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One public call; the slots it holds come free when it has ended.
+
+    Attributes:
+        owner: the thread that drives it; None once several have, as then any of them may go on.
+        ended: set by the call's last act, however it ends.
+    """
+
+    owner: int | None
+    ended: bool = False
+
+
+class Scheduler:
+    """Runs requests over the slots of one cache; any number of threads may call it."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded: Loaded | None = loaded
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._stepping = False
+        # By slot; a slot is free where there is no call.
+        self._calls: list[Call | None] = [None] * loaded.cache.num_slots
+        self._requests: list[Request | None] = [None] * loaded.cache.num_slots
+        self._results: deque[StepResult] = deque()
+        self._blocked: set[int] = set()  # threads that wait for a slot
+
+    @property
+    def closed(self) -> bool:
+        return self._loaded is None
+
+    @property
+    def num_free_slots(self) -> int:
+        return self._calls.count(None)
+
+    def loaded(self) -> Loaded:
+        """The model, its cache and its runner.
+
+        Raises:
+            BackendError: they have been freed.
+        """
+        if self._loaded is None:
+            raise BackendError("the engine is closed. Load a new one with ovfast.load(...).")
+        return self._loaded
+
+    def close(self) -> None:
+        """Frees the model; a step that another thread is in ends first."""
+        self._loaded = None
+        with self._lock:
+            self._changed.notify_all()
+
+    def step(self, work: Callable[[Loaded], T]) -> T:
+        """Runs one step.
+
+        Args:
+            work: called under the lock, in inference mode.
+
+        Returns:
+            What `work` returns.
+
+        Raises:
+            BackendError: the engine is closed, or this thread is inside a step already.
+            CapacityError: the device ran out of memory.
+        """
+        with self._lock:
+            self._check_not_stepping()
+            loaded = self.loaded()
+            self._collect(loaded)
+            try:
+                self._stepping = True
+                with torch.inference_mode():
+                    return work(loaded)
+            except torch.OutOfMemoryError as error:
+                raise CapacityError(
+                    f"the device has no memory left for this request ({error}). Use fewer or"
+                    " smaller pictures, lower max_views or num_frames, or load with a smaller"
+                    " max_seq_len or max_batch_size."
+                ) from error
+            finally:
+                self._stepping = False
+                self._collect(loaded)
+
+    def embed(self, inputs: ModelInputs) -> torch.Tensor:
+        """Text and visual rows of a request, a step for each picture: others' tokens pass between.
+
+        Args:
+            inputs: a laid-out request.
+
+        Returns:
+            (num_tokens, hidden_size).
+        """
+        embeds = self.step(lambda loaded: loaded.model.embed_text(inputs))
+        for span in inputs.spans:
+            self.step(_encoding(inputs, span, embeds))
+        return embeds
+
+    def run(self, requests: Sequence[Request]) -> None:
+        """Runs requests to their ends, as many at a time as slots are free."""
+        call = Call(threading.get_ident())
+        waiting, active = deque(requests), list[Request]()
+        try:
+            while waiting or active:
+                while waiting and self._admit(waiting[0], call, wait=not active):
+                    active.append(waiting.popleft())
+                active = [r for r in active if self._next_chunk(r).output is None]
+        finally:
+            call.ended = True
+            self._collect_now()
+
+    def stream(self, request: Request) -> Generator[StreamChunk, None, None]:
+        """Runs one request, a chunk at a time; closing or dropping the generator frees its slot."""
+        call = Call(threading.get_ident())
+        try:
+            self._admit(request, call, wait=True)
+            chunk = None
+            while chunk is None or chunk.output is None:
+                chunk = self._next_chunk(request)
+                yield chunk
+                if threading.get_ident() != call.owner:
+                    call.owner = None
+        finally:
+            call.ended = True
+            self._collect_now()
+
+    @contextmanager
+    def hold_slot(self) -> Iterator[int]:
+        """An empty slot for the length of a `with`, for calls that do not decode."""
+        call = Call(threading.get_ident())
+        try:
+            slot = self._take_slot(call, wait=True)
+            assert slot is not None
+            yield slot
+        finally:
+            call.ended = True
+            self._collect_now()
+
+    def _admit(self, request: Request, call: Call, *, wait: bool) -> bool:
+        """Gives a request a slot and prefills it; False if none is free and `wait` is not set."""
+        slot = self._take_slot(call, wait=wait)
+        if slot is None:
+            return False
+        timings, start = request.timings, time.perf_counter()
+        embeds = self.embed(request.inputs)
+        timings.vision_ms = milliseconds_since(start) if request.inputs.spans else 0.0
+        start = time.perf_counter()
+        self.step(lambda loaded: self._prefill(loaded, request, slot, embeds))
+        timings.prefill_ms = milliseconds_since(start)
+        return True
+
+    def _prefill(self, loaded: Loaded, request: Request, slot: int, embeds: torch.Tensor) -> None:
+        logits = loaded.model.language_model.prefill(embeds, loaded.cache, slot)[0]
+        loaded.runner.admit(slot, request.slot_state(logits))
+        self._requests[slot] = request
+
+    def _next_chunk(self, request: Request) -> StreamChunk:
+        """The request's next chunk; steps all active requests if there is none yet."""
+        while not request.pending:
+            if request.error is not None:
+                raise request.error
+            self.step(lambda loaded: self._decode(loaded, request))
+        return request.pending.popleft()
+
+    def _decode(self, loaded: Loaded, wanted: Request) -> None:
+        if wanted.pending or wanted.error is not None:
+            return  # made by another thread's step while this one waited for the lock
+        loaded.runner.launch(1)
+        self._results.extend(loaded.runner.poll())
+        while self._results:
+            result = self._results[0]
+            request = self._requests[result.slot]
+            if request is not None:
+                request.accept(result)
+            self._results.popleft()
+
+    def _take_slot(self, call: Call, *, wait: bool) -> int | None:
+        """An empty slot, or None; with `wait` blocks until there is one."""
+        with self._lock:
+            while True:
+                self._check_not_stepping()
+                loaded = self.loaded()
+                self._collect(loaded)
+                if None in self._calls:
+                    slot = self._calls.index(None)
+                    loaded.cache.truncate(slot, 0)
+                    self._calls[slot] = call
+                    return slot
+                if not wait:
+                    return None
+                self._check_wait_ends()
+                self._wait()
+
+    def _wait(self) -> None:
+        thread = threading.get_ident()
+        try:
+            self._blocked.add(thread)
+            self._changed.wait(WAIT_S)
+        finally:
+            self._blocked.discard(thread)
+
+    def _check_wait_ends(self) -> None:
+        """Raises where each slot is held by a call of this thread, or of one that waits itself."""
+        stuck = self._blocked | {threading.get_ident()}
+        if all(call is not None and call.owner in stuck for call in self._calls):
+            raise CapacityError(
+                f"all {len(self._calls)} slots are taken, and waiting would never end: a stream"
+                " that this thread has left open holds one. Finish or close the stream, or load"
+                " with a larger max_batch_size."
+            )
+
+    def _check_not_stepping(self) -> None:
+        if self._stepping:
+            raise BackendError(
+                "the engine was called from inside one of its own steps, by a signal handler or a"
+                " finaliser; expected a call from ordinary code. Set a flag there and call later."
+            )
+
+    def _collect_now(self) -> None:
+        with self._lock:
+            # Inside a step of this thread the step's end will do it.
+            if not self._stepping and self._loaded is not None:
+                self._collect(self._loaded)
+
+    def _collect(self, loaded: Loaded) -> None:
+        """Frees the slots of ended calls and of requests that are over. Needs the lock."""
+        freed = False
+        for slot, call in enumerate(self._calls):
+            request = self._requests[slot]
+            if call is None or not (call.ended or (request is not None and request.is_over)):
+                continue
+            loaded.runner.cancel(slot)
+            self._results = deque(result for result in self._results if result.slot != slot)
+            self._requests[slot] = None
+            self._calls[slot] = None
+            freed = True
+        if freed:
+            self._changed.notify_all()
+
+
+def _encoding(
+    inputs: ModelInputs, span: VisualSpan, embeds: torch.Tensor
+) -> Callable[[Loaded], None]:
+    return lambda loaded: loaded.model.encode_visual(inputs, span, embeds)

@@ -1,0 +1,174 @@
+"""Logits of a prompt's positions, and likelihoods of continuations over one shared prefill of it.
+
+A continuation is tokenised as it follows the prompt, so the plain text that ends the prompt may
+merge with its first token; then the shared prefix ends before that text.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ovfast.errors import CapacityError, PromptError
+from ovfast.model_inputs import ModelInputs
+from ovfast.outputs import ScoreOutput
+from ovfast.processor import Processor
+from ovfast.scheduler import Loaded, Scheduler
+
+LOGIT_ROWS = 64  # rows through the head at a time: 39 MB of float32 at 152 000 ids
+
+
+def continuation_ids(
+    processor: Processor,
+    inputs: ModelInputs,
+    continuations: Sequence[str],
+    *,
+    include_terminator: bool,
+    max_seq_len: int,
+) -> list[list[int]]:
+    """Ids of the prompt with each continuation.
+
+    Args:
+        processor: of the checkpoint.
+        inputs: the prompt.
+        continuations: candidate texts.
+        include_terminator: append the end of a turn to each.
+        max_seq_len: positions of a slot.
+
+    Returns:
+        All ids, one list a continuation.
+
+    Raises:
+        CapacityError: prompt and continuation are longer than a slot.
+        PromptError: a continuation that adds nothing to be scored.
+    """
+    prompt_ids = inputs.input_ids.tolist()
+    terminator = list(processor.terminator_ids) if include_terminator else []
+    full = [processor.continue_ids(prompt_ids, text) + terminator for text in continuations]
+    for text, ids in zip(continuations, full, strict=True):
+        if len(ids) <= len(prompt_ids):
+            raise PromptError(
+                f"continuation {text!r:.100} adds no token to the prompt; expected at least one."
+                " Leave it out, or pass include_terminator=True."
+            )
+        if len(ids) > max_seq_len:
+            raise CapacityError(
+                f"prompt and continuation have {len(ids)} tokens; the engine holds {max_seq_len} a"
+                " request. Shorten them, or load with a larger max_seq_len."
+            )
+    return full
+
+
+def score_continuations(
+    scheduler: Scheduler, slot: int, inputs: ModelInputs, full: Sequence[list[int]]
+) -> list[ScoreOutput]:
+    """Scores continuations of one laid-out prompt; a step for the prompt and one for each.
+
+    Args:
+        scheduler: of the engine.
+        slot: an empty slot, held during the call.
+        inputs: the prompt.
+        full: of `continuation_ids`.
+
+    Returns:
+        One ScoreOutput a continuation. Logits are not masked; log-softmax in float32.
+    """
+    prompt_ids = inputs.input_ids.tolist()
+    shared = min([len(prompt_ids) - 1] + [common_length(prompt_ids, ids) for ids in full])
+    embeds = scheduler.embed(inputs)
+
+    def prefill(loaded: Loaded) -> None:
+        loaded.model.language_model.prefill_hidden(embeds[:shared], loaded.cache, slot)
+
+    def score(ids: list[int]) -> ScoreOutput:
+        return scheduler.step(
+            lambda loaded: _score_one(loaded, slot, shared, embeds, prompt_ids, ids)
+        )
+
+    if shared:
+        scheduler.step(prefill)
+    return [score(ids) for ids in full]
+
+
+def empty_logits(num_rows: int, vocab_size: int, device: torch.device) -> torch.Tensor:
+    """An uninitialised float32 (num_rows, vocab_size).
+
+    Raises:
+        CapacityError: it cannot be reserved.
+    """
+    try:
+        return torch.empty((num_rows, vocab_size), dtype=torch.float32, device=device)
+    except (RuntimeError, MemoryError) as error:
+        raise CapacityError(
+            f"logits of {num_rows} positions need {4e-9 * num_rows * vocab_size:.1f} GB, which"
+            f" {device} cannot reserve. Ask for fewer with positions=."
+        ) from error
+
+
+def fill_logits(
+    scheduler: Scheduler,
+    slot: int,
+    inputs: ModelInputs,
+    wanted: Sequence[int],
+    logits: torch.Tensor,
+) -> None:
+    """Computes the logits of some positions of a prompt; a step beside those of its pictures.
+
+    Args:
+        scheduler: of the engine.
+        slot: an empty slot, held during the call.
+        inputs: the prompt.
+        wanted: positions, in any order and as often as they like.
+        logits: (len(wanted), vocab_size), written.
+    """
+    distinct = sorted(set(wanted))
+    row_of = {position: row for row, position in enumerate(distinct)}
+    rows = torch.tensor([row_of[p] for p in wanted], dtype=torch.int64, device=logits.device)
+    embeds = scheduler.embed(inputs)
+
+    def fill(loaded: Loaded) -> None:
+        language_model = loaded.model.language_model
+        hidden = language_model.prefill_hidden(embeds, loaded.cache, slot, 0, distinct)
+        for first in range(0, len(wanted), LOGIT_ROWS):
+            block = slice(first, first + LOGIT_ROWS)
+            logits[block] = language_model.logits(hidden[rows[block]])
+
+    scheduler.step(fill)
+
+
+def common_length(left: list[int], right: list[int]) -> int:
+    """Length of the longest common prefix."""
+    size = min(len(left), len(right))
+    differs = np.flatnonzero(np.array(left[:size]) != np.array(right[:size]))
+    return int(differs[0]) if len(differs) else size
+
+
+def _score_one(
+    loaded: Loaded,
+    slot: int,
+    shared: int,
+    embeds: torch.Tensor,
+    prompt_ids: list[int],
+    ids: list[int],
+) -> ScoreOutput:
+    """Scores ids after the prompt's; the cache holds the first `shared` of them."""
+    cache, language_model = loaded.cache, loaded.model.language_model
+    cache.truncate(slot, shared)
+    num_prompt = len(prompt_ids)
+    common = common_length(prompt_ids, ids)
+    tail = torch.tensor(ids[common:-1], dtype=torch.int64, device=embeds.device)
+    rows = torch.cat((embeds[shared:common], language_model.embed(tail)))
+    wanted = list(range(num_prompt - 1 - shared, len(ids) - 1 - shared))
+    hidden = language_model.prefill_hidden(rows, cache, slot, shared, wanted)
+    targets = torch.tensor(ids[num_prompt:], device=embeds.device)
+    logprobs: list[float] = []
+    greedy = True
+    for first in range(0, len(wanted), LOGIT_ROWS):
+        logits = language_model.logits(hidden[first : first + LOGIT_ROWS])
+        block = targets[first : first + LOGIT_ROWS]
+        logprobs += logits.log_softmax(-1).gather(1, block[:, None])[:, 0].tolist()
+        greedy = greedy and bool((logits.argmax(-1) == block).all())
+    total = float(np.sum(logprobs, dtype=np.float64))
+    return ScoreOutput(
+        total, total / len(logprobs), tuple(ids[num_prompt:]), tuple(logprobs), greedy
+    )

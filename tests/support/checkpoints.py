@@ -248,7 +248,8 @@ def make_tensor(logical: str, spec: CheckpointSpec) -> torch.Tensor:
 
 def _chunks(logical: str, shape: tuple[int, ...], spec: CheckpointSpec) -> Iterator[torch.Tensor]:
     mean, std = _distribution(logical, shape, spec)
-    generator = torch.Generator().manual_seed((spec.seed << 32) + zlib.crc32(logical.encode()))
+    # 32 bits: the CPU's generator ignores all others.
+    generator = torch.Generator().manual_seed(zlib.crc32(logical.encode(), spec.seed))
     left = math.prod(shape)
     while left:
         count = min(left, CHUNK)

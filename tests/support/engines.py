@@ -15,7 +15,7 @@ from ovfast.sampling import sample
 from tests.support import runtime
 from tests.support.prompts import clip, picture
 
-DEADLINE_S = 60.0  # a thread that takes longer hangs
+DEADLINE_S = 30.0  # a thread that takes longer hangs
 
 # Prompts and media of every kind, as arguments of `generate`.
 REQUESTS: dict[str, dict[str, Any]] = {

@@ -31,6 +31,16 @@ def _image_processor(path: Path) -> Any:
     return transformers.LlavaOnevisionImageProcessorPil.from_pretrained(path)
 
 
+def process_images(path: Path, images: list[PILImage.Image]) -> dict[str, Any]:
+    """Pictures of one request as the model takes them, by the checkpoint's own PIL processor."""
+    batch = _image_processor(path)([images], return_tensors="pt")
+    return {
+        "pixel_values": batch["pixel_values"],
+        "image_sizes": batch["image_sizes"],
+        "batch_num_images": torch.tensor([len(images)]),
+    }
+
+
 def normalise(views: np.ndarray) -> torch.Tensor:
     """(V, S, S, 3) uint8 to (V, 3, S, S) float32 by upstream's formula."""
     pixels = torch.from_numpy(views).permute(0, 3, 1, 2).float()
@@ -47,11 +57,8 @@ def make_inputs(path: Path, request: Request, dtype: torch.dtype = torch.float32
     """The same request as transformers' model takes it; pictures by its own PIL processor."""
     visual: dict[str, Any] = {}
     if request.images:
-        images = [PILImage.fromarray(image) for image in request.images]
-        batch = _image_processor(path)([images], return_tensors="pt")
-        visual["pixel_values"] = batch["pixel_values"].to(dtype)
-        visual["image_sizes"] = batch["image_sizes"]
-        visual["batch_num_images"] = torch.tensor([len(images)])
+        visual = process_images(path, [PILImage.fromarray(image) for image in request.images])
+        visual["pixel_values"] = visual["pixel_values"].to(dtype)
     first = 0
     for plan in request.plans:
         if plan.kind == "video":  # its video processor needs torchvision
@@ -68,13 +75,15 @@ def all_logits(model: Any, inputs: HFInputs) -> torch.Tensor:
 
 
 @torch.no_grad()
-def greedy(model: Any, inputs: HFInputs, num_tokens: int) -> list[int]:
+def greedy(model: Any, inputs: HFInputs, num_tokens: int, **options: Any) -> list[int]:
+    """Greedy tokens; `options` are further ones of transformers' generate."""
     ids = model.generate(
         input_ids=inputs.input_ids,
         attention_mask=torch.ones_like(inputs.input_ids),
         **inputs.visual,
         do_sample=False,
         max_new_tokens=num_tokens,
+        **options,
     )
     return ids[0, inputs.input_ids.shape[1] :].tolist()
 

@@ -8,7 +8,6 @@ how likelihoods and logits of a prompt are computed is `scoring`.
 import secrets
 import time
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,7 +16,6 @@ import torch
 
 from ovfast.anyres import VisualOptions
 from ovfast.errors import CapacityError, OptionError, PromptError
-from ovfast.kv_cache import KVCache
 from ovfast.media import MediaLimits
 from ovfast.models.llava_onevision import LlavaOnevision
 from ovfast.ops import Ops
@@ -88,10 +86,6 @@ class Engine:
     @property
     def _model(self) -> LlavaOnevision:
         return self._scheduler.loaded().model
-
-    @property
-    def _cache(self) -> KVCache:
-        return self._scheduler.loaded().cache
 
     def __enter__(self) -> Self:
         return self
@@ -211,6 +205,7 @@ class Engine:
         """
         texts = continuation_texts(continuations)
         inputs = self._one("score", prompt, images, videos, visual, system, raw)
+        self._check_capacity(inputs.num_tokens, 1)
         full = continuation_ids(
             self._processor,
             inputs,
@@ -218,7 +213,7 @@ class Engine:
             include_terminator=include_terminator,
             max_seq_len=self.max_seq_len,
         )
-        with self._hold_slot() as slot:
+        with self._scheduler.hold_slot() as slot:
             return score_continuations(self._scheduler, slot, inputs, full)
 
     def prepare(
@@ -270,7 +265,7 @@ class Engine:
         self._check_capacity(inputs.num_tokens, 0)
         wanted = token_positions(positions, inputs.num_tokens)
         logits = empty_logits(len(wanted), self._vocab_size, self.device)
-        with self._hold_slot() as slot:
+        with self._scheduler.hold_slot() as slot:
             fill_logits(self._scheduler, slot, inputs, wanted, logits)
         return logits
 
@@ -322,9 +317,6 @@ class Engine:
         if inputs.num_tokens + 2 > self.max_seq_len:
             inputs = self.prepare("Hello", raw=True)
         self.generate(inputs, max_new_tokens=1 + (inputs.num_tokens + 2 <= self.max_seq_len))
-
-    def _hold_slot(self) -> AbstractContextManager[int]:
-        return self._scheduler.hold_slot()
 
     def _one(
         self,

@@ -206,5 +206,8 @@ def main(args: list[str] | None = None) -> Any:
     except OVFastError as error:
         print(f"ovfast: {type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:  # of our own output: a full disk, a folder that is not there
+        print(f"ovfast: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

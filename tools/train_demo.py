@@ -314,14 +314,23 @@ def answer_logits(
 
 
 def optimisers(modules: list[nn.Module]) -> list[torch.optim.Optimizer]:
-    """Muon for matrices, AdamW for the rest."""
+    """Muon for matrices, AdamW for the rest.
+
+    Queries and keys are AdamW's: under Muon their scores grew to a deviation of 15, attention
+    became hard within 200 steps, and what it did not look at by then it never found.
+    """
     named = [item for module in modules for item in module.named_parameters()]
-    wide = {id(p) for n, p in named if p.dim() == 2 and "embed" not in n and min(p.shape) > 32}
+    slow = ("embed", "q_proj", "k_proj")
+    wide = {
+        id(p)
+        for n, p in named
+        if p.dim() == 2 and min(p.shape) > 32 and not any(part in n for part in slow)
+    }
     matrices = [p for _, p in named if id(p) in wide]
     others = [p for _, p in named if id(p) not in wide]
     return [
-        torch.optim.Muon(matrices, lr=0.015, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 

@@ -1,0 +1,97 @@
+"""The `ovfast` command as a shell user meets it: output, exit codes, messages."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ovfast import cli
+from tests.support.checkpoints import CheckpointSpec
+
+
+@pytest.fixture
+def checkpoint(random_checkpoint):
+    return str(random_checkpoint(CheckpointSpec()))
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "cat.png"
+    rng = np.random.default_rng(3)
+    Image.fromarray(rng.integers(0, 256, (90, 130, 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+def run(*args: str) -> int:
+    """The exit code of a command line."""
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(list(args))
+    return int(exit_info.value.code or 0)
+
+
+def test_generate_streams_what_json_reports(checkpoint, picture, capsys):
+    args = ("generate", "What?", "-i", picture, "-m", checkpoint, "--max-new-tokens", "6")
+    assert run(*args) == 0
+    streamed = capsys.readouterr()
+    assert "prompt tokens" in streamed.err
+    assert run(*args, "--json") == 0
+    output = json.loads(capsys.readouterr().out)
+    assert streamed.out == output["text"] + "\n"
+    assert output["usage"]["completion_tokens"] == len(output["token_ids"]) <= 6
+    assert output["usage"]["views"] > 1
+
+
+def test_options_reach_the_engine(checkpoint, picture, capsys):
+    args = ("generate", "What?", "-i", picture, "-m", checkpoint, "--json", "--max-new-tokens", "4")
+    assert run(*args, "--max-views", "1", "--temperature", "0.9", "--seed", "5") == 0
+    output = json.loads(capsys.readouterr().out)
+    assert output["usage"]["views"] == 1
+    assert output["seed"] == 5
+
+
+def test_explain_writes_a_picture_and_the_plan(checkpoint, picture, tmp_path, capsys):
+    out = tmp_path / "views.png"
+    assert run("explain", "-i", picture, "-m", checkpoint, "--out", str(out), "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["size_hw"] == [90, 130]
+    assert Image.open(out).size[0] > 500
+
+
+def test_doctor_names_every_operation(capsys):
+    assert run("doctor", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["self-test"]["passed"]
+    assert set(report["operations"].values()) <= {"native", "triton", "reference"}
+    assert report["operations"]["linear"] == "reference"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("generate", "What?", "-i", "missing.png"), ("MediaError", "missing.png")),
+        (("generate", "What?", "-m", "no/such/model"), ("CheckpointError", "no/such/model")),
+        (("generate", "", "-m", "demo"), ("PromptError",)),
+        (("generate", "What?", "--temperature", "-1"), ("OptionError", "temperature")),
+        (("generate", "What?", "--backend", "fast"), ("OptionError", "reference")),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(args, words, capsys):
+    assert run(*args) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    for word in words:
+        assert word in captured.err
+
+
+def test_a_folder_that_is_not_there(checkpoint, picture, tmp_path, capsys):
+    out = str(tmp_path / "no" / "views.png")
+    assert run("explain", "-i", picture, "-m", checkpoint, "--out", out) == 2
+    assert "no/views.png" in capsys.readouterr().err
+
+
+def test_demo_answers_and_draws(tmp_path, capsys):
+    assert run("demo", "--out", str(tmp_path / "demo")) == 0
+    assert "in the second image" in capsys.readouterr().out
+    assert (tmp_path / "demo" / "explain.png").exists()

@@ -1,0 +1,54 @@
+"""The embedded demo model: it answers its samples, and it truly looks."""
+
+import numpy as np
+import pytest
+
+import ovfast
+from ovfast.demo_run import ask, demo_questions, samples_path
+from tools import demo_scenes
+from tools.evaluate_demo import evaluate
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with ovfast.load("demo") as engine:
+        yield engine
+
+
+def test_size_limits():
+    total = sum(path.stat().st_size for path in samples_path().parent.rglob("*") if path.is_file())
+    assert total <= 9e6
+
+
+def test_parameters_and_heads(engine):
+    config = engine.config
+    assert config.num_parameters <= 4.5e6
+    assert (config.text.head_dim, config.vision.head_dim) == (64, 72)
+
+
+@pytest.mark.parametrize("entry", demo_questions(), ids=lambda entry: entry["question"])
+def test_sample_questions(engine, entry):
+    assert ask(engine, entry).correct
+
+
+def test_the_answer_follows_the_picture(engine):
+    """The same question about mirrored pictures gets mirrored answers."""
+    scene = demo_scenes.blank(np.random.default_rng(1), (84, 84))
+    star = demo_scenes.Thing("star", "red")
+    demo_scenes.add_shape(np.random.default_rng(1), scene, star, (21, 21), 17)
+    answers = [
+        engine.generate("Where is the red star?", images=np.ascontiguousarray(picture)).text
+        for picture in (scene.image, scene.image[:, ::-1], scene.image[::-1])
+    ]
+    places = ("top left", "top right", "bottom left")
+    assert answers == [f"The red star is at the {place}." for place in places]
+
+
+def test_held_out_scenes(engine):
+    """A sample of the evaluation whose full table README shows; bounds allow for 30 a kind."""
+    rows = {row.kind: row.share for row in evaluate(engine, 30)}
+    assert min(rows["single"], rows["several"], rows["video"]) >= MINIMUM
+    assert rows["detail"] - rows["detail, base view only"] >= 0.4
+
+
+MINIMUM = 0.8  # 90 % of a large set is at least 24 of 30 with 97 % probability

@@ -37,7 +37,6 @@ class MediaLimits:
                 )
 
 
-
 def check_pixels(height: int, width: int, name: str, max_pixels: int, limit: str = "") -> None:
     """Refuses a size without pixels or with more than `max_pixels`; `limit` names the field."""
     if height < 1 or width < 1:

@@ -55,7 +55,8 @@ def test_explain_writes_a_picture_and_the_plan(checkpoint, picture, tmp_path, ca
     assert run("explain", "-i", picture, "-m", checkpoint, "--out", str(out), "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["size_hw"] == [90, 130]
-    assert Image.open(out).size[0] > 500
+    with Image.open(out) as page:
+        assert page.size[0] > 500
 
 
 def test_doctor_names_every_operation(capsys):

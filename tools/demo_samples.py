@@ -94,10 +94,10 @@ def write_samples(folder: Path) -> None:
     write_clip(folder / "clip.mp4", [scene.image for scene in clip().scenes])
     pictures = ["first.png", "second.png", "third.png"]
     questions = [
-        (["shapes.png"], [], "Where is the blue star?", "The blue star is at the bottom right."),
+        (["shapes.png"], [], "What colour is the star?", "The star is blue."),
         (pictures, [], "Which image shows a red circle?", "A red circle is in the second image."),
         ([], ["clip.mp4"], "Which way does the star move?", "The star moves to the right."),
-        (["two_squares.png"], [], "How many squares are there?", "Squares: two."),
+        (["two_squares.png"], [], "How many shapes are there?", "Shapes: two."),
         (["detail.png"], [], "Which digit is in the picture?", digit),
     ]
     entries = [

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -44,8 +45,8 @@ COLOUR_IDS = {name: i + 1 for i, name in enumerate(demo_scenes.COLOURS)}
 KIND_IDS = {name: i + 1 for i, name in enumerate([*demo_scenes.KINDS, *map(str, range(10))])}
 IGNORE = -100
 PRETRAIN_MIX = {"single": 0.25, "several": 0.1, "video": 0.1, "detail": 0.4, "near": 0.15}
-SHORT_MIX = {"single": 11, "several": 9, "video": 6, "near": 5}
-LONG_MIX = {"detail": 6}
+SHORT_MIX = {"single": 15, "several": 6, "video": 9, "near": 3}
+LONG_MIX = {"detail": 4}
 MAKERS = {**demo_scenes.MAKERS, "near": partial(demo_scenes.detail, low=70, high=112)}
 TRAINING_SEED = 1
 
@@ -362,6 +363,7 @@ def run_phase(
     *,
     device: torch.device,
     bfloat16: bool,
+    rate: float,
     save: Path,
 ) -> None:
     """Optimises until the minutes are over, the rates falling linearly to 2 % of their start.
@@ -375,7 +377,7 @@ def run_phase(
         "answers": model.language_parts(),
     }
     opts = optimisers(learners[save.stem])
-    groups = [(group, group["lr"]) for opt in opts for group in opt.param_groups]
+    groups = [(group, rate * group["lr"]) for opt in opts for group in opt.param_groups]
     parameters = [p for group, _ in groups for p in group["params"]]
     loader = DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=3)
     sums: dict[str, float] = {}
@@ -420,11 +422,9 @@ def train(args: argparse.Namespace) -> None:
     head = nn.Linear(VISION["hidden_size"], len(COLOUR_IDS) + len(KIND_IDS) + 2).to(device)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     if args.resume:
-        state = torch.load(args.resume, map_location=device)
-        model.load_state_dict(state["model"])
-        head.load_state_dict(state["head"])
+        resume(model, head, Path(args.resume))
     text, seed = tokenizer.to_str(), TRAINING_SEED + args.seed
-    options = {"device": device, "bfloat16": args.bfloat16}
+    options = {"device": device, "bfloat16": args.bfloat16, "rate": args.rate}
     if args.pretrain_minutes > 0:
         views = Batches(text, seed + 100, num_views=256)
         run_phase((model, head), views, args.pretrain_minutes, save=work / "tower.pt", **options)
@@ -435,6 +435,16 @@ def train(args: argparse.Namespace) -> None:
         rows = Batches(text, seed + 200)
         run_phase((model, head), rows, args.minutes, save=work / "answers.pt", **options)
     demo_model.export(model, tokenizer, Path(args.out))
+
+
+def resume(model: DemoModel, head: nn.Linear, path: Path) -> None:
+    """Loads a training state, or an exported checkpoint directory, which holds no dense head."""
+    if path.is_dir():
+        model.load_state_dict(load_file(path / "model.safetensors"))
+        return
+    state = torch.load(path, map_location="cpu")
+    model.load_state_dict(state["model"])
+    head.load_state_dict(state["head"])
 
 
 def main() -> None:
@@ -454,7 +464,8 @@ def main() -> None:
         help="bfloat16 products, where the device is fast at them",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", help="a training state to start from")
+    parser.add_argument("--rate", type=float, default=1.0, help="a factor on the learning rates")
+    parser.add_argument("--resume", help="a training state or a checkpoint directory to start from")
     parser.add_argument("--evaluate", action="store_true", help="only evaluate --model")
     parser.add_argument("--model", default="demo", help="the checkpoint to evaluate")
     parser.add_argument(

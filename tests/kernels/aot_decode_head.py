@@ -1,0 +1,94 @@
+"""The specialisations of decode_head, pick_greedy and embed_rows compiled ahead of time."""
+
+import torch
+
+from ovfast.kernels import decode_head
+from ovfast.kernels.decode_mlp import down_splits
+from tests.support.aot import Variant
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# hidden_size, intermediate_size, vocab_size
+SIZES = {"0.5b": (896, 4864, 152000), "7b": (3584, 18944, 152128)}
+
+
+def _head_variant(dtype: str, size: str, min_wide_loads: int, *, pdl: bool = False) -> Variant:
+    hidden_size, intermediate_size, vocab_size = SIZES[size]
+    blocks = decode_head.head_config(hidden_size, DTYPES[dtype])
+    return Variant(
+        kernel=decode_head._decode_head_kernel,
+        name=f"{dtype}-{size}" + ("-pdl" if pdl else ""),
+        arguments={
+            **{f"{name}_ptr": "*fp32" for name in ("residual", "partials", "logits", "block_max")},
+            "norm_ptr": f"*{dtype}",
+            "w_ptr": f"*{dtype}",
+            "forbidden_ptr": "*i8",
+            "block_argmax_ptr": "*i32",
+            "eps": "fp32",
+            "num_rows": 5,
+            "stride_wn": hidden_size,
+        },
+        constexprs={
+            "H": hidden_size,
+            "V": vocab_size,
+            "NUM_PARTIALS": down_splits(hidden_size, intermediate_size),
+            "USE_PDL": pdl,
+            **blocks.meta(),
+        },
+        options={**blocks.options(), "launch_pdl": pdl, "enable_fp_fusion": True},
+        min_wide_loads=min_wide_loads,
+        instructions=() if dtype == "fp32" else ("HMMA",),
+    )
+
+
+def _pick_variant(size: str, *, pdl: bool = False) -> Variant:
+    num_blocks = decode_head.head_blocks(SIZES[size][2])
+    block, num_warps = decode_head.pick_config(num_blocks)
+    return Variant(
+        kernel=decode_head._pick_greedy_kernel,
+        name=size + ("-pdl" if pdl else ""),
+        arguments={"block_max_ptr": "*fp32", "block_argmax_ptr": "*i32", "tokens_ptr": "*i32"},
+        constexprs={
+            "NUM_BLOCKS": num_blocks,
+            "BLOCK": block,
+            "HIGHEST_ID": decode_head._HIGHEST_ID,
+            "USE_PDL": pdl,
+        },
+        options={"num_warps": num_warps, "launch_pdl": pdl},
+    )
+
+
+def _embed_variant(dtype: str, size: str, *, pdl: bool = False) -> Variant:
+    hidden_size = SIZES[size][0]
+    return Variant(
+        kernel=decode_head._embed_rows_kernel,
+        name=f"{dtype}-{size}" + ("-pdl" if pdl else ""),
+        arguments={
+            "tokens_ptr": "*i32",
+            "table_ptr": f"*{dtype}",
+            "residual_ptr": "*fp32",
+            "stride_tm": hidden_size,
+        },
+        constexprs={"H": hidden_size, "BLOCK_H": decode_head._EMBED_BLOCK, "USE_PDL": pdl},
+        options={"num_warps": 4, "launch_pdl": pdl},
+        min_wide_loads=1,
+    )
+
+
+VARIANTS = (
+    _head_variant("bf16", "0.5b", 8),
+    _head_variant("bf16", "0.5b", 8, pdl=True),
+    _head_variant("fp16", "0.5b", 8),
+    _head_variant("fp32", "0.5b", 8),
+    _head_variant("bf16", "7b", 8),
+    _head_variant("bf16", "7b", 8, pdl=True),
+    _pick_variant("0.5b"),
+    _pick_variant("0.5b", pdl=True),
+    _embed_variant("bf16", "0.5b"),
+    _embed_variant("bf16", "0.5b", pdl=True),
+)
+
+# Programmatic dependent launch is of sm_90 and later.
+SMS: dict[str, tuple[int, ...]] = {
+    variant.name: (90, 100) if variant.name.endswith("pdl") else (80, 90, 100)
+    for variant in VARIANTS
+}

@@ -1,0 +1,54 @@
+"""The specialisations of decode_out that are compiled ahead of time."""
+
+from ovfast.kernels import decode_out
+from tests.support.aot import Variant
+
+# hidden_size, num_heads, head_dim
+SIZES = {"0.5b": (896, 14, 64), "7b": (3584, 28, 128)}
+
+
+def _out_variant(dtype: str, size: str, min_wide_loads: int, *, pdl: bool = False) -> Variant:
+    hidden_size, num_heads, head_dim = SIZES[size]
+    blocks = decode_out.launch_config(hidden_size)
+    return Variant(
+        kernel=decode_out._decode_out_kernel,
+        name=f"{dtype}-{size}" + ("-pdl" if pdl else ""),
+        arguments={
+            **{f"{name}_ptr": "*fp32" for name in ("acc", "m", "l", "partials")},
+            "slots_ptr": "*i32",
+            "positions_ptr": "*i32",
+            "w_ptr": f"*{dtype}",
+            "num_rows": 5,
+            "max_splits": 5,
+            "stride_wn": num_heads * head_dim,
+        },
+        constexprs={
+            "H": hidden_size,
+            "NUM_HEADS": num_heads,
+            "HEAD_DIM": head_dim,
+            "TILES": decode_out._out_tiles(hidden_size, num_heads * head_dim)[1],
+            "SPLIT": decode_out.SPLIT,
+            "SPLITS_AT_ONCE": decode_out.SPLITS_AT_ONCE,
+            "USE_PDL": pdl,
+            **blocks.meta(),
+        },
+        options={**blocks.options(), "launch_pdl": pdl, "enable_fp_fusion": True},
+        min_wide_loads=min_wide_loads,
+        instructions=() if dtype == "fp32" else ("HMMA",),
+    )
+
+
+VARIANTS = (
+    _out_variant("bf16", "0.5b", 8),
+    _out_variant("bf16", "0.5b", 8, pdl=True),
+    _out_variant("fp16", "0.5b", 8),
+    _out_variant("fp32", "0.5b", 8),
+    _out_variant("bf16", "7b", 8),
+    _out_variant("bf16", "7b", 8, pdl=True),
+)
+
+# Programmatic dependent launch is of sm_90 and later.
+SMS: dict[str, tuple[int, ...]] = {
+    variant.name: (90, 100) if variant.name.endswith("pdl") else (80, 90, 100)
+    for variant in VARIANTS
+}

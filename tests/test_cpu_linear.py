@@ -41,7 +41,7 @@ def test_rows_of_a_wider_tensor(rows):
 
 
 def test_without_onednn(monkeypatch):
-    monkeypatch.setattr(cpu_linear, "_has_onednn", lambda: False)
+    monkeypatch.setattr(cpu_linear, "_prefers_onednn", lambda: False)
     x, weight, bias = randn(9, 20), randn(32, 20), randn(32)
     assert torch.equal(cpu_linear.linear(x, weight, bias), F.linear(x, weight, bias))
 

@@ -1,0 +1,167 @@
+"""Captured work by shape: which shapes are captured, how much memory they may take, which go first.
+
+`GraphCache` is the policy and knows no device; `CudaCapture` records on a CUDA device. A shape is
+computed eagerly when first seen, which also compiles its kernels, and captured when it comes again:
+a shape seen once is not worth the capture. Captured work equals eager work bit for bit, as both
+launch the same kernels on the same values.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["DEFAULT_GRAPH_BYTES", "CudaCapture", "GraphCache"]
+
+DEFAULT_GRAPH_BYTES = 1 << 30
+# Works on tensors at fixed addresses; what changes between calls is its argument, if it takes one.
+Body = Callable[..., None]
+
+logger = logging.getLogger(__name__)
+
+
+class Captured(Protocol):
+    """Work recorded for one shape.
+
+    Attributes:
+        nbytes: device memory it holds.
+    """
+
+    nbytes: int
+
+    def replay(self, tensor: Tensor | None) -> None:
+        """Does what the recorded body does, to `tensor` if it takes one."""
+
+    def release(self) -> None:
+        """Frees its memory; it is not replayed again."""
+
+
+class GraphCache:
+    """Replays work by key under a ceiling of memory; the least recently used goes first.
+
+    Not thread-safe: called inside the engine's steps.
+
+    Args:
+        capture: records a body, on a tensor of the shape it will be replayed with.
+        max_bytes: ceiling of all recordings together; 0 captures nothing.
+    """
+
+    def __init__(self, capture: Callable[[Body, Tensor | None], Captured], max_bytes: int) -> None:
+        self._capture, self._max_bytes = capture, max_bytes
+        self._graphs: OrderedDict[Hashable, Captured] = OrderedDict()
+        self._seen: set[Hashable] = set()
+        self._refused: set[Hashable] = set()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held by recordings."""
+        return sum(graph.nbytes for graph in self._graphs.values())
+
+    @property
+    def keys(self) -> tuple[Hashable, ...]:
+        """What is recorded, the least recently used first."""
+        return tuple(self._graphs)
+
+    def run(self, key: Hashable, body: Body, tensor: Tensor | None = None) -> None:
+        """Does `body(tensor)` or `body()` once, replayed where it has been recorded.
+
+        Args:
+            key: names the body, the tensor's shape, and whatever else decides what is launched.
+            body: overwrites the tensor.
+            tensor: input and output; None for a body that takes none.
+        """
+        graph = self._graphs.get(key)
+        if graph is None and key in self._seen and key not in self._refused:
+            graph = self._record(key, body, tensor)
+        if graph is None:
+            call(body, tensor)
+            self._seen.add(key)
+            return
+        self._graphs.move_to_end(key)
+        graph.replay(tensor)
+
+    def clear(self) -> None:
+        """Frees all recordings."""
+        while self._graphs:
+            self._graphs.popitem()[1].release()
+
+    def _record(self, key: Hashable, body: Body, tensor: Tensor | None) -> Captured | None:
+        if self._max_bytes <= 0:
+            return None
+        try:
+            graph = self._capture(body, tensor)
+        except torch.OutOfMemoryError:
+            logger.warning("no memory left to capture %r; it runs without a graph", key)
+            self._refused.add(key)
+            return None
+        if graph.nbytes > self._max_bytes:
+            logger.info(
+                "the graph of %r takes %d bytes, above graph_memory_bytes=%d; it runs without",
+                key,
+                graph.nbytes,
+                self._max_bytes,
+            )
+            graph.release()
+            self._refused.add(key)
+            return None
+        self._graphs[key] = graph
+        while self.nbytes > self._max_bytes:
+            self._graphs.popitem(last=False)[1].release()
+        return graph
+
+
+def call(body: Body, tensor: Tensor | None) -> None:
+    """Calls a body with its tensor, if it takes one."""
+    if tensor is None:
+        body()
+    else:
+        body(tensor)
+
+
+class CudaCapture:
+    """Records bodies as CUDA graphs that share one memory pool.
+
+    They may share it because only one runs at a time and none keeps anything there between runs:
+    input and output live in a buffer of the graph's own.
+
+    Args:
+        device: of the tensors.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None  # torch names the handle's type privately
+
+    def __call__(self, body: Body, tensor: Tensor | None) -> Captured:
+        with torch.cuda.device(self._device):
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            free_before, _ = torch.cuda.mem_get_info(self._device)
+            buffer = None if tensor is None else torch.zeros_like(tensor)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: other threads of the process may allocate on the device meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                call(body, buffer)
+            free_after, _ = torch.cuda.mem_get_info(self._device)
+        held = 0 if buffer is None else buffer.nbytes
+        return _CudaGraph(graph, buffer, max(held, free_before - free_after))
+
+
+class _CudaGraph:
+    def __init__(self, graph: torch.cuda.CUDAGraph, buffer: Tensor | None, nbytes: int) -> None:
+        self._graph, self._buffer, self.nbytes = graph, buffer, nbytes
+
+    def replay(self, tensor: Tensor | None) -> None:
+        if tensor is None or self._buffer is None:
+            self._graph.replay()
+            return
+        self._buffer.copy_(tensor)
+        self._graph.replay()
+        tensor.copy_(self._buffer)
+
+    def release(self) -> None:
+        self._graph.reset()
+        self._buffer = None

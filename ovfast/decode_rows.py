@@ -1,0 +1,190 @@
+"""State of up to 16 requests that decode side by side, all of it on the device.
+
+A row holds one request: which slot of the cache, at which position, with which sampling. A step
+decodes every row's last token, samples the next one and advances, and the host reads the results
+later: nothing here reads the device. A row that is over frees itself, so that steps already under
+way when the host learns of it do nothing.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ovfast.device_sampling import ERROR_TOKEN, RowParams, SamplerKind, sample_rows
+from ovfast.sampling import SamplingParams
+
+__all__ = ["FINISHED", "ROWS", "RowDecoder", "RowState", "StepOutput", "StepPlan"]
+
+ROWS = 16  # what one padded product holds
+NO_SLOT = -1  # of a row that holds no request
+# Codes in StepOutput.finished.
+RUNNING, STOP, LENGTH, ERROR = range(4)
+FINISHED = {STOP: "stop", LENGTH: "length"}
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What decides which kernels a step launches, so the key of its graph.
+
+    Attributes:
+        num_rows: rows looked at, from the first.
+        num_splits: parts of the context, each 256 positions, that attention looks at.
+        kind: rules of sampling.
+        num_top: likely alternatives reported; None for no log-probabilities.
+    """
+
+    num_rows: int
+    num_splits: int
+    kind: SamplerKind
+    num_top: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step tells the host, overwritten by the next.
+
+    Attributes:
+        tokens: (16, 2) int32: the token, -1 for a row without a request; and how it ended.
+        logprobs: (16, 1 + num_top) float32: of the token and of the most likely ones.
+        top_ids: (16, num_top) int32, of the most likely ones.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    top_ids: Tensor
+
+
+class RowState:
+    """Rows of one group; every tensor stays where it is.
+
+    Attributes:
+        slots: (16,) int32, of the cache; -1 for a row without a request.
+        positions: (16,) int32, of the token that is decoded next.
+        tokens: (16,) int32, that token.
+        counts: (16,) int64, tokens generated.
+        max_new_tokens: (16,) int64, where the row ends.
+        logits: (16, vocab_size) float32, of the decoder.
+        greedy: (16,) int32, the most likely allowed ids, of a decoder that finds them itself.
+        forbidden: (vocab_size,) bool, ids never generated; forbidden_bytes: the same as int8.
+        params: rules of sampling.
+        output: of the last step.
+
+    Args:
+        vocab_size: of the model.
+        forbidden: (vocab_size,) bool, ids never generated.
+        num_top: most alternatives that can be reported.
+    """
+
+    def __init__(self, vocab_size: int, forbidden: Tensor, num_top: int = 0) -> None:
+        device = forbidden.device
+        self.forbidden = forbidden
+        self.forbidden_bytes = forbidden.to(torch.int8)
+        self.slots = torch.full((ROWS,), NO_SLOT, dtype=torch.int32, device=device)
+        self.positions = torch.zeros(ROWS, dtype=torch.int32, device=device)
+        self.tokens = torch.zeros(ROWS, dtype=torch.int32, device=device)
+        self.counts = torch.zeros(ROWS, dtype=torch.int64, device=device)
+        self.max_new_tokens = torch.zeros(ROWS, dtype=torch.int64, device=device)
+        self.logits = torch.zeros((ROWS, vocab_size), dtype=torch.float32, device=device)
+        self.params = RowParams.empty(ROWS, vocab_size, device)
+        self.greedy = torch.zeros(ROWS, dtype=torch.int32, device=device)
+        self.output = StepOutput(
+            torch.zeros((ROWS, 2), dtype=torch.int32, device=device),
+            torch.zeros((ROWS, 1 + num_top), dtype=torch.float32, device=device),
+            torch.zeros((ROWS, num_top), dtype=torch.int32, device=device),
+        )
+
+    def admit(
+        self,
+        row: int,
+        slot: int,
+        position: int,
+        logits: Tensor,
+        params: SamplingParams,
+        *,
+        seed: int,
+        stop_ids: Tensor,
+        max_new_tokens: int,
+        seen: Tensor | None,
+    ) -> None:
+        """Puts a request into a free row.
+
+        Args:
+            row: which.
+            slot: of the cache, holding the prompt.
+            position: tokens of the prompt.
+            logits: (vocab_size,) at the prompt's last position.
+            params: how to sample.
+            seed: of the random numbers.
+            stop_ids: (num,) int64 on the device.
+            max_new_tokens: tokens to generate at most.
+            seen: (vocab_size,) bool, or None without a repetition penalty.
+        """
+        self.slots[row] = slot
+        self.positions[row] = position
+        self.counts[row] = 0
+        self.max_new_tokens[row] = max_new_tokens
+        self.logits[row] = logits
+        self.params.set_row(row, params, seed, stop_ids, seen)
+
+    def release(self, row: int) -> None:
+        """Empties a row; steps given to the device after this call do nothing for it."""
+        self.slots[row] = NO_SLOT
+
+    def choose(self, first: int, last: int, kind: SamplerKind, num_top: int | None) -> None:
+        """Samples rows first…last from their logits, reports and advances them.
+
+        Args:
+            first: row.
+            last: one past the last row.
+            kind: rules of sampling that any of the rows needs.
+            num_top: alternatives to report; None for no log-probabilities.
+        """
+        rows = slice(first, last)
+        logits, params = self.logits[rows], self.params.rows(first, last)
+        slots, counts, tokens = self.slots[rows], self.counts[rows], self.tokens[rows]
+        chosen = sample_rows(logits, params, counts, self.forbidden, kind)
+        used = slots >= 0
+        index = chosen.clamp(min=0)[:, None]
+        if num_top is not None:
+            self._report(rows, logits, index, num_top)
+        counts += used
+        ended = torch.where(counts >= self.max_new_tokens[rows], LENGTH, RUNNING)
+        ended = torch.where(params.is_stop.gather(1, index)[:, 0], STOP, ended)
+        ended = torch.where(chosen == ERROR_TOKEN, ERROR, ended)
+        self.output.tokens[rows, 0] = torch.where(used, chosen, -1).int()
+        self.output.tokens[rows, 1] = torch.where(used, ended, RUNNING).int()
+        if kind.masks:
+            params.seen.scatter_(1, index, True)
+        tokens.copy_(index[:, 0])
+        slots.masked_fill_(ended != RUNNING, NO_SLOT)
+
+    def _report(self, rows: slice, logits: Tensor, index: Tensor, num_top: int) -> None:
+        logprobs = logits.log_softmax(dim=1)
+        self.output.logprobs[rows, 0] = logprobs.gather(1, index)[:, 0]
+        if num_top:
+            # A stable sort, not topk: equals stand by rising id.
+            falling, ids = logprobs.sort(dim=1, descending=True, stable=True)
+            self.output.logprobs[rows, 1 : 1 + num_top] = falling[:, :num_top]
+            self.output.top_ids[rows, :num_top] = ids[:, :num_top].int()
+
+
+class RowDecoder(Protocol):
+    """Computes one step of the language model for rows."""
+
+    def decode(self, rows: RowState, num_rows: int, num_splits: int) -> None:
+        """Appends each row's token to its slot and writes the row's logits.
+
+        Args:
+            rows: the group; rows without a slot are left alone.
+            num_rows: rows to look at.
+            num_splits: parts of the context that the longest row can have.
+        """
+
+
+def run_step(rows: RowState, decoder: RowDecoder, plan: StepPlan) -> None:
+    """Decodes the last tokens of all rows and chooses the next."""
+    decoder.decode(rows, plan.num_rows, plan.num_splits)
+    rows.positions += rows.slots >= 0
+    rows.choose(0, plan.num_rows, plan.kind, plan.num_top)

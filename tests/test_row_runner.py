@@ -1,0 +1,197 @@
+"""The row runner gives what the eager runner gives, whatever runs beside it and ahead of it."""
+
+import dataclasses
+import threading
+
+import pytest
+import torch
+
+from ovfast import BackendError, Engine
+from ovfast.row_runner import AHEAD
+from tests.support.engines import REQUESTS, open_engine
+from tests.support.row_decoder import open_rows, use_rows
+
+OPTIONS = [
+    {"max_new_tokens": 7},
+    {"max_new_tokens": 1},
+    {"max_new_tokens": 9, "temperature": 1.3, "seed": 5},
+    {"max_new_tokens": 9, "temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 3},
+    {"max_new_tokens": 8, "repetition_penalty": 1.7},
+    {"max_new_tokens": 8, "logprobs": 3},
+    {"max_new_tokens": 6, "logprobs": 0, "temperature": 2.0, "seed": 1},
+    {"max_new_tokens": 12, "temperature": 3.0, "seed": 8, "min_new_tokens": 10},
+]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_checkpoint):
+    with open_engine(tiny_checkpoint) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_checkpoint):
+    with open_rows(tiny_checkpoint, max_batch_size=20) as engine:
+        yield engine
+
+
+def comparable(output):
+    """An output without its times and text."""
+    return dataclasses.replace(output, timings=None)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", ["text", "image"])
+def test_alone(plain: Engine, rows: Engine, name, options):
+    ignore = {"ignore_eos": "min_new_tokens" not in options}
+    expected = plain.generate(**REQUESTS[name], **options, **ignore)
+    got = rows.generate(**REQUESTS[name], **options, **ignore)
+    assert got.token_ids == expected.token_ids
+    assert got.finish_reason == expected.finish_reason
+    assert comparable(got).text == expected.text
+    if expected.logprobs is not None:
+        for ours, theirs in zip(got.logprobs, expected.logprobs, strict=True):
+            assert ours.token_id == theirs.token_id
+            assert [i for i, _ in ours.top] == [i for i, _ in theirs.top]
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+
+
+def test_a_batch_of_more_rows_than_a_group_holds(plain: Engine, rows: Engine):
+    """20 slots are two groups; requests of all lengths, more than slots."""
+    prompts = [f"Number {index}?" for index in range(26)]
+    options = {"temperature": 1.5, "seed": 11, "max_new_tokens": 9}
+    expected = [plain.generate(prompt, **options).token_ids for prompt in prompts]
+    assert [output.token_ids for output in rows.generate(prompts, **options)] == expected
+
+
+def test_different_options_side_by_side(plain: Engine, rows: Engine):
+    expected = [plain.generate("Go on.", ignore_eos=True, **o).token_ids for o in OPTIONS[:-1]]
+    streams = [rows.stream("Go on.", ignore_eos=True, **options) for options in OPTIONS[:-1]]
+    got: list[list[int]] = [[] for _ in streams]
+    alive = dict(enumerate(streams))
+    while alive:
+        for index, stream in list(alive.items()):
+            chunk = next(stream, None)
+            if chunk is None:
+                del alive[index]
+            else:
+                got[index] += chunk.token_ids
+    assert [tuple(tokens) for tokens in got] == expected
+
+
+def test_stop_ids_end_on_the_device(plain: Engine, rows: Engine):
+    free = plain.generate("Tell me.", ignore_eos=True, max_new_tokens=12).token_ids
+    stop = next(token for i, token in enumerate(free) if i > 3 and token not in free[:i])
+    out = rows.generate("Tell me.", ignore_eos=True, max_new_tokens=12, stop_token_ids=[stop])
+    assert out.finish_reason == "stop"
+    assert out.token_ids == free[: free.index(stop) + 1]
+
+
+def test_the_device_is_ahead_by_no_more_than_it_may(tiny_checkpoint):
+    with open_rows(tiny_checkpoint) as engine:
+        runner = engine._scheduler.loaded().runner
+        stream = engine.stream("Count.", ignore_eos=True, max_new_tokens=20)
+        for tokens in range(1, 8):
+            next(stream)
+            assert len(runner._decoder.calls) == tokens - 1 + AHEAD
+        stream.close()
+        assert engine._scheduler.num_free_slots == 1
+
+
+def test_a_closed_stream_frees_its_row_at_once(tiny_checkpoint, plain: Engine):
+    """The next request takes the row that steps under way still hold."""
+    with open_rows(tiny_checkpoint) as engine:
+        for count in (1, 2, 5):
+            stream = engine.stream("Count.", ignore_eos=True, max_new_tokens=50)
+            for _ in range(count):
+                next(stream)
+            stream.close()
+            options = {"ignore_eos": True, "max_new_tokens": 6}
+            expected = plain.generate(**REQUESTS["image"], **options).token_ids
+            assert engine.generate(**REQUESTS["image"], **options).token_ids == expected
+        assert engine._scheduler.loaded().runner._groups[0].active() == []
+
+
+def test_contexts_beyond_a_split(plain: Engine, rows: Engine):
+    prompt = "word " * 60
+    options = {"ignore_eos": True, "max_new_tokens": 30}
+    expected = plain.generate(prompt, **options).token_ids
+    assert rows.generate(prompt, **options).token_ids == expected
+    calls = rows._scheduler.loaded().runner._decoder.calls
+    assert {splits for _, splits in calls} >= {1, 2}
+    assert all(count in (1, 2, 4, 8, 16) for count, _ in calls)
+
+
+def test_logits_that_are_not_finite_end_one_request(tiny_checkpoint, plain: Engine):
+    with open_rows(tiny_checkpoint, max_batch_size=2) as engine:
+        decoder = engine._scheduler.loaded().runner._decoder
+        decode = type(decoder).decode
+
+        def broken(rows, num_rows, num_splits):
+            decode(decoder, rows, num_rows, num_splits)
+            rows.logits[rows.slots == broken_slot] = torch.nan
+
+        broken_slot = -5
+        decoder.decode = broken
+        healthy = engine.stream("Fine?", ignore_eos=True, max_new_tokens=8)
+        tokens = [*next(healthy).token_ids]
+        ill = engine.stream("Ill?", ignore_eos=True, max_new_tokens=8)
+        next(ill)
+        broken_slot = 1
+        with pytest.raises(BackendError, match="not finite"):
+            list(ill)
+        for chunk in healthy:
+            tokens += chunk.token_ids
+        expected = plain.generate("Fine?", ignore_eos=True, max_new_tokens=8).token_ids
+        assert tuple(tokens) == expected
+
+
+def test_an_interrupt_inside_a_step(tiny_checkpoint, plain: Engine):
+    with open_rows(tiny_checkpoint) as engine:
+        decoder = engine._scheduler.loaded().runner._decoder
+        decode = type(decoder).decode
+        cut = [3]
+
+        def interrupted(rows, num_rows, num_splits):
+            decode(decoder, rows, num_rows, num_splits)
+            cut[0] -= 1
+            if cut[0] == 0:
+                raise KeyboardInterrupt
+
+        decoder.decode = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate("Go.", ignore_eos=True, max_new_tokens=9)
+        assert engine._scheduler.num_free_slots == 1
+        options = {"ignore_eos": True, "max_new_tokens": 9}
+        assert (
+            engine.generate("Go.", **options).token_ids
+            == plain.generate("Go.", **options).token_ids
+        )
+
+
+def test_threads_share_the_rows(plain: Engine, rows: Engine):
+    options = {"temperature": 1.2, "seed": 2, "max_new_tokens": 10}
+    prompts = [f"Thread {index}" for index in range(6)]
+    expected = {prompt: plain.generate(prompt, **options).token_ids for prompt in prompts}
+    got = {}
+
+    def work(prompt: str) -> None:
+        got[prompt] = rows.generate(prompt, **options).token_ids
+
+    threads = [threading.Thread(target=work, args=(prompt,)) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert got == expected
+
+
+def test_graphs_are_kept_by_shape(tiny_checkpoint):
+    with open_engine(tiny_checkpoint) as engine:
+        runner = use_rows(engine)
+        for _ in range(2):
+            engine.generate("Go.", ignore_eos=True, max_new_tokens=6)
+        keys = runner._graphs.keys
+        assert len(keys) == 1
+        engine.generate("Go.", ignore_eos=True, max_new_tokens=6, temperature=1.0)
+        assert len(runner._graphs.keys) == 2

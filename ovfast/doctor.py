@@ -49,6 +49,7 @@ def examine() -> dict[str, dict[str, Any]]:
     with load("demo") as engine:
         result = ask(engine, demo_questions()[0])
         operations = dict(engine.ops.where)
+        operations["decode step"] = engine.ops.backend if engine.ops.decode else "reference"
         chosen = f"{engine.device}, back end {engine.ops.backend}, {engine.dtype}"
     test = {
         "passed": result.correct,

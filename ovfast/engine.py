@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ovfast.anyres import VisualOptions
+from ovfast.cuda_graphs import GraphCache
 from ovfast.errors import CapacityError, OptionError, PromptError
 from ovfast.media import MediaLimits
 from ovfast.models.llava_onevision import LlavaOnevision
@@ -31,7 +32,7 @@ from ovfast.outputs import ScoreOutput, StreamChunk
 from ovfast.processor import ModelInputs, Processor
 from ovfast.request import Request
 from ovfast.roofline import Estimate, estimate_request
-from ovfast.runner import EagerRunner
+from ovfast.row_runner import make_runner
 from ovfast.sampling import SamplingParams
 from ovfast.scheduler import Loaded, Scheduler
 from ovfast.scoring import (
@@ -67,6 +68,7 @@ class Engine:
         max_batch_size: int,
         visual: VisualOptions,
         media_limits: MediaLimits,
+        graphs: GraphCache | None = None,
     ) -> None:
         self.config, self.ops = model.config, ops
         self.device, self.dtype = model.device, model.dtype
@@ -76,7 +78,7 @@ class Engine:
         self._forbidden = torch.zeros(model.vocab_size, dtype=torch.bool, device=model.device)
         self._forbidden[torch.from_numpy(processor.forbidden_ids).to(model.device)] = True
         cache = model.new_cache(num_slots=max_batch_size, max_positions=max_seq_len)
-        runner = EagerRunner(model, cache, self._forbidden)
+        runner = make_runner(model, cache, self._forbidden, ops, graphs)
         self._scheduler = Scheduler(Loaded(model, cache, runner))
 
     @property
@@ -242,6 +244,7 @@ class Engine:
             system=system,
             raw=raw,
             pack=self.ops.pack_views,
+            lazy_views=self.ops.reads_pictures,
         )
 
     def forward(
@@ -310,13 +313,17 @@ class Engine:
         return estimate_request(self.config, plans, text_tokens, max_new_tokens, itemsize, itemsize)
 
     def warmup(self) -> None:
-        """Runs one small request, so that the first real one pays for no set-up."""
+        """Runs one small request twice, so that the first real one pays for no set-up.
+
+        The second time captures the graphs of its shape.
+        """
         side = self.config.vision.image_size
         picture = np.zeros((side, side, 3), np.uint8)
         inputs = self.prepare("<image>Hello", images=picture, raw=True)
         if inputs.num_tokens + 2 > self.max_seq_len:
             inputs = self.prepare("Hello", raw=True)
-        self.generate(inputs, max_new_tokens=1 + (inputs.num_tokens + 2 <= self.max_seq_len))
+        for _ in range(2):
+            self.generate(inputs, max_new_tokens=1 + (inputs.num_tokens + 2 <= self.max_seq_len))
 
     def _one(
         self,

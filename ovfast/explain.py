@@ -12,7 +12,7 @@ from PIL import Image
 
 from ovfast.anyres import VisualGeometry, VisualOptions, VisualPlan, plan_image
 from ovfast.explain_draw import Alternatives, draw_page
-from ovfast.image import UInt8Array
+from ovfast.reference_pixels import UInt8Array
 
 __all__ = ["as_dict", "explain_image", "explain_png", "explain_text"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ovfast.anyres import VisualPlan
-from ovfast.image import UInt8Array
+from ovfast.reference_pixels import UInt8Array
 
 Color = tuple[int, int, int]
 Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow

@@ -4,20 +4,19 @@ Resizing is Pillow's bicubic, which no float implementation reproduces. The padd
 is never built: crops are cut from the resized picture by address. Pixels stay uint8 here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from ovfast import reference
+from ovfast import reference_pixels
 from ovfast.anyres import VisualPlan
 from ovfast.errors import MediaError
+from ovfast.reference_pixels import UInt8Array
 
-__all__ = ["build_video_views", "build_views", "resize"]
+__all__ = ["build_media_views", "build_video_views", "build_views", "resize"]
 
-UInt8Array = NDArray[np.uint8]
 # pack(resized, offset_hw, grid_hw, fill, out): cuts the padded picture into crops, row-major.
 Pack = Callable[[UInt8Array, tuple[int, int], tuple[int, int], int, UInt8Array], Any]
 
@@ -74,7 +73,8 @@ def build_views(
     out[0] = resize(image, view)
     if plan.has_crops:
         resized = resize(image, plan.resized_hw)
-        (pack or reference.pack_views)(resized, plan.offset_hw, plan.grid_hw, plan.fill, out[1:])
+        cut = pack or reference_pixels.pack_views
+        cut(resized, plan.offset_hw, plan.grid_hw, plan.fill, out[1:])
     return out
 
 
@@ -104,6 +104,35 @@ def build_video_views(
         _check(frame, "frame", plan.size_hw)
         view[...] = resize(frame, (plan.image_size, plan.image_size))
     return out
+
+
+def build_media_views(
+    media: Sequence[UInt8Array], plans: Sequence[VisualPlan], *, pack: Pack | None = None
+) -> UInt8Array:
+    """Makes the views of several pictures and videos, those of the first plan first.
+
+    Args:
+        media: for each plan a picture (height, width, 3) or frames (frames, height, width, 3).
+        plans: of the media; at least one.
+        pack: `pack_views` of an Ops; None takes the reference.
+
+    Returns:
+        (num_views, image_size, image_size, 3) uint8.
+
+    Raises:
+        MediaError: if a medium is not what its plan was made for.
+    """
+    side = plans[0].image_size
+    views = np.empty((sum(plan.num_views for plan in plans), side, side, 3), np.uint8)
+    row = 0
+    for pixels, plan in zip(media, plans, strict=True):
+        out = views[row : row + plan.num_views]
+        if plan.kind == "video":
+            build_video_views(pixels, plan, out)
+        else:
+            build_views(pixels, plan, out, pack=pack)
+        row += plan.num_views
+    return views
 
 
 def _check(image: UInt8Array, what: str, size_hw: tuple[int, int]) -> None:

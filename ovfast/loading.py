@@ -15,12 +15,13 @@ import torch
 from ovfast.anyres import VisualOptions
 from ovfast.checkpoint import CheckpointWeights, resolve_checkpoint, terminal_progress
 from ovfast.config import ModelConfig
+from ovfast.cuda_graphs import DEFAULT_GRAPH_BYTES, CudaCapture, GraphCache
 from ovfast.engine import Engine
 from ovfast.errors import BackendError, CapacityError, OptionError, QuantizationError
 from ovfast.kv_cache import kv_bytes_per_token
 from ovfast.media import MediaLimits
 from ovfast.models.llava_onevision import LlavaOnevision
-from ovfast.ops import make_ops
+from ovfast.ops import Ops, make_ops
 from ovfast.processor import Processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,10 +61,12 @@ def load(
             setting.
         max_seq_len: positions a request may have, prompt and answer; None takes the checkpoint's.
         max_batch_size: requests decoded at a time; more run in waves.
-        attention: "auto" or "sdpa".
-        cuda_graphs: use captured graphs where the back end has them; the plain operations have
-            none.
-        graph_memory_bytes: ceiling of captured graphs; None, as no back end captures yet.
+        attention: of a prefill on CUDA: "sdpa" (torch), "triton" (ours), "flash" (flash-attn);
+            "auto" takes what was measured fastest on the device.
+        cuda_graphs: on CUDA, capture what comes a second time in the same shape: the tower by
+            number of views, decode steps by rows and length.
+        graph_memory_bytes: ceiling of captured graphs, the least recently used go first; None is
+            1 GiB.
         visual: how pictures become tokens by default.
         media_limits: sizes that are refused before decoding.
         revision: of a Hub id.
@@ -78,7 +81,7 @@ def load(
         here. CheckpointError, ConfigError: the checkpoint cannot be used.
         CapacityError: weights and cache do not fit in memory.
     """
-    _check_unavailable(quantization, attention, graph_memory_bytes)
+    _check_unavailable(quantization)
     _check_counts(threads=threads, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     target = resolve_device(device)
     storage = _resolve_dtype(dtype, target)
@@ -90,7 +93,16 @@ def load(
             raise OptionError(f"{name}={value!r}; expected {kind.__name__} or None.")
     if not isinstance(cuda_graphs, bool):
         raise OptionError(f"cuda_graphs={cuda_graphs!r}; expected True or False.")
-    ops = make_ops(target, backend)
+    if graph_memory_bytes is not None and (
+        not isinstance(graph_memory_bytes, int)
+        or isinstance(graph_memory_bytes, bool)
+        or graph_memory_bytes < 0
+    ):
+        raise OptionError(
+            f"graph_memory_bytes={graph_memory_bytes!r}; expected a number of bytes, or None for"
+            f" {DEFAULT_GRAPH_BYTES}. Use cuda_graphs=False for none."
+        )
+    ops = make_ops(target, backend, attention)
     path = resolve_checkpoint(model, revision=revision, token=token, cache_dir=cache_dir)
     config = ModelConfig.from_checkpoint(path)
     positions = _resolve_positions(max_seq_len, config)
@@ -107,7 +119,8 @@ def load(
     processor = Processor(path, config)
     cache_bytes = positions * max_batch_size * kv_bytes_per_token(config.text, storage)
     _check_memory(weights.total_bytes(storage), cache_bytes, target)
-    built = LlavaOnevision(config, weights, ops, storage, target)
+    graphs = _make_graphs(ops, target, cuda_graphs, graph_memory_bytes)
+    built = LlavaOnevision(config, weights, ops, storage, target, graphs)
     weights.finish()
     return Engine(
         built,
@@ -117,6 +130,7 @@ def load(
         max_batch_size=max_batch_size,
         visual=visual or VisualOptions(),
         media_limits=media_limits or MediaLimits(),
+        graphs=graphs,
     )
 
 
@@ -174,16 +188,19 @@ def _check_counts(**counts: int | None) -> None:
             raise OptionError(f"{name}={value!r}; expected an integer of at least 1.")
 
 
-def _check_unavailable(quantization: Any, attention: Any, graph_memory_bytes: Any) -> None:
+def _make_graphs(
+    ops: Ops, device: torch.device, wanted: bool, max_bytes: int | None
+) -> GraphCache | None:
+    """Where launches can be captured: kernels on a CUDA device, not plain torch or a CPU."""
+    if not wanted or device.type != "cuda" or ops.backend != "triton":
+        return None
+    return GraphCache(CudaCapture(device), DEFAULT_GRAPH_BYTES if max_bytes is None else max_bytes)
+
+
+def _check_unavailable(quantization: Any) -> None:
     if quantization is not None:
         raise QuantizationError(
             f"quantization={quantization!r}; this version computes unquantised. Use None."
-        )
-    if attention not in ("auto", "sdpa"):
-        raise BackendError(f"attention={attention!r}; this version has 'auto' and 'sdpa'.")
-    if graph_memory_bytes is not None:
-        raise OptionError(
-            f"graph_memory_bytes={graph_memory_bytes!r}; no back end captures graphs yet. Use None."
         )
 
 

@@ -1,12 +1,14 @@
 """What the processor hands to the model: one laid-out request."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ovfast.anyres import VisualOptions, VisualPlan
+from ovfast.image import build_media_views
+from ovfast.reference_pixels import UInt8Array
 
 __all__ = ["ModelInputs", "VisualSpan"]
 
@@ -29,7 +31,8 @@ class ModelInputs:
         input_ids: (num_tokens,) int64; the placeholder id at visual positions.
         spans: where each picture and video stands, in order.
         plans: one for each span, in the same order.
-        views: (num_views, image_size, image_size, 3) uint8, those of the first plan first.
+        media: for each plan the decoded picture (height, width, 3) or frames (frames, height,
+            width, 3), uint8.
         visual: the options it was laid out with.
         media_ms, preprocess_ms: time for decoding, and for everything after it.
     """
@@ -37,10 +40,25 @@ class ModelInputs:
     input_ids: NDArray[np.int64]
     spans: tuple[VisualSpan, ...]
     plans: tuple[VisualPlan, ...]
-    views: NDArray[np.uint8]
+    media: tuple[UInt8Array, ...]
     visual: VisualOptions
     media_ms: float = 0.0
     preprocess_ms: float = 0.0
+    _views: list[UInt8Array] = field(default_factory=list, repr=False)  # none or one: built once
+
+    @property
+    def views(self) -> UInt8Array:
+        """(num_views, image_size, image_size, 3) uint8, those of the first plan first.
+
+        Built when first asked for: a back end that resizes on the device does without.
+        """
+        if not self._views:
+            self._views.append(
+                build_media_views(self.media, self.plans)
+                if self.plans
+                else np.empty((0, 0, 0, 3), np.uint8)
+            )
+        return self._views[0]
 
     @property
     def num_tokens(self) -> int:
@@ -52,4 +70,4 @@ class ModelInputs:
 
     @property
     def num_views(self) -> int:
-        return len(self.views)
+        return sum(plan.num_views for plan in self.plans)

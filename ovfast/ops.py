@@ -10,31 +10,47 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from types import MappingProxyType, ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ovfast import cpu_linear, reference
+from ovfast import cpu_linear, reference, reference_pixels
+from ovfast.decode_kernels import DecodeKernels
 from ovfast.errors import BackendError, OptionError
-from ovfast.reference import PackedLinear, Pool, UInt8Array
+from ovfast.reference import PackedLinear, RowTable
+from ovfast.reference_pixels import UInt8Array
 
-__all__ = ["BACKENDS", "OPERATIONS", "Ops", "PackedLinear", "make_ops"]
+__all__ = [
+    "ATTENTION",
+    "BACKENDS",
+    "OPERATIONS",
+    "DecodeKernels",
+    "Ops",
+    "PackedLinear",
+    "RowTable",
+    "make_ops",
+]
 
 BACKENDS = ("auto", "triton", "native", "reference")
+ATTENTION = ("auto", "sdpa", "triton", "flash")
 
 logger = logging.getLogger(__name__)
-
-
-class Gelu(Protocol):
-    """The two GELUs by the name torch gives them."""
-
-    def __call__(self, x: Tensor, *, approximate: str) -> Tensor: ...
 
 
 def _pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     """Packs (out, in) parameters for `linear`; a tied embedding keeps sharing its memory."""
     return PackedLinear(weight, bias)
+
+
+def _pack_qkv(weight: Tensor, bias: Tensor, num_heads: int, num_kv_heads: int) -> PackedLinear:
+    """Packs queries, keys and values of one layer for `linear` and `rope_and_store`."""
+    return PackedLinear(weight, bias)
+
+
+def _pack_patch(weight: Tensor) -> Tensor:
+    """Packs (hidden_size, 3 · patch²) weights for `patch_embed`, which computes in float32."""
+    return weight.float()
 
 
 def _cpu_linear(x: Tensor, packed: PackedLinear) -> Tensor:
@@ -48,40 +64,58 @@ class Ops:
     Attributes:
         backend: "triton", "native" or "reference".
         where: operation → the back end that runs it.
+        reads_pictures: whether pictures are resized on the device, by `resample`; else views are
+            built on the host.
+        views_a_step: views that the tower encodes at once.
+        decode: kernels of a decode step for rows of requests; None decodes request by request.
     """
 
     backend: str = "reference"
     pack_linear: Callable[[Tensor, Tensor | None], PackedLinear] = _pack_linear
+    pack_patch: Callable[[Tensor], Tensor] = _pack_patch
+    pack_qkv: Callable[[Tensor, Tensor, int, int], PackedLinear] = _pack_qkv
+    pack_gate_up: Callable[[Tensor], PackedLinear] = _pack_linear
     linear: Callable[[Tensor, PackedLinear], Tensor] = reference.packed_linear
+    fused_linear: Callable[..., Tensor] = reference.fused_linear
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor] = reference.layer_norm
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = reference.rms_norm
-    gelu: Gelu = reference.gelu
     silu_mul: Callable[[Tensor], Tensor] = reference.silu_mul
-    rope: Callable[[Tensor, Tensor, Tensor], Tensor] = reference.rope
-    patch_embed: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor] = reference.patch_embed
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor] = reference.attention
+    rope_and_store: Callable[..., Tensor] = reference.rope_and_store
+    resample: Callable[..., Tensor] = reference_pixels.resample
+    patch_embed: Callable[[Tensor, Tensor, Tensor, Tensor, int, torch.dtype], Tensor] = (
+        reference_pixels.patch_embed
+    )
+    view_attention: Callable[[Tensor, int, int], Tensor] = reference.view_attention
     causal_attention: Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor] = (
         reference.causal_attention
     )
     decode_attention: Callable[[Tensor, Tensor, Tensor], Tensor] = reference.decode_attention
-    pool_and_pack: Pool = reference.pool_and_pack
     project_and_pack: Callable[..., Tensor] = reference.project_and_pack
     pack_views: Callable[[UInt8Array, tuple[int, int], tuple[int, int], int, UInt8Array], None] = (
-        reference.pack_views
+        reference_pixels.pack_views
     )
     where: Mapping[str, str] = field(default_factory=dict)
+    reads_pictures: bool = False
+    views_a_step: int = 1
+    decode: DecodeKernels | None = None
 
 
-OPERATIONS = tuple(f.name for f in fields(Ops) if f.name not in ("backend", "where"))
+OPERATIONS = tuple(
+    f.name
+    for f in fields(Ops)
+    if f.name not in ("backend", "where", "reads_pictures", "views_a_step", "decode")
+)
 
 
-def make_ops(device: torch.device, backend: str = "auto") -> Ops:
+def make_ops(device: torch.device, backend: str = "auto", attention: str = "auto") -> Ops:
     """Chooses where each operation runs.
 
     Args:
         device: of the model.
         backend: "auto" takes Triton on CUDA and the native module on a CPU where they are
             installed, else reference; a name forces that back end.
+        attention: of a prefill on CUDA: "sdpa" (torch), "triton" (ours), "flash" (the package
+            flash-attn); "auto" takes what was measured fastest on the device, else "sdpa".
 
     Returns:
         The operations; what the back end lacks comes from reference.
@@ -93,11 +127,19 @@ def make_ops(device: torch.device, backend: str = "auto") -> Ops:
     if backend not in BACKENDS:
         allowed = ", ".join(repr(name) for name in BACKENDS)
         raise OptionError(f"backend={backend!r}; expected one of {allowed}")
+    if attention not in ATTENTION:
+        allowed = ", ".join(repr(name) for name in ATTENTION)
+        raise OptionError(f"attention={attention!r}; expected one of {allowed}")
     ops = plain = _plain_ops(device)
     if backend == "native" or (backend == "auto" and device.type == "cpu"):
         ops = _with_native(ops, device, required=backend == "native")
     elif backend == "triton" or (backend == "auto" and device.type == "cuda"):
-        ops = _with_triton(ops, device, required=backend == "triton")
+        ops = _with_triton(ops, device, attention, required=backend == "triton")
+    if attention in ("triton", "flash") and ops.backend != "triton":
+        raise BackendError(
+            f"attention={attention!r} with back end {ops.backend!r}; it needs CUDA and Triton. Use"
+            " attention='auto'."
+        )
     own = {name for name in OPERATIONS if getattr(ops, name) is not getattr(plain, name)}
     where = {name: ops.backend if name in own else "reference" for name in OPERATIONS}
     if own:
@@ -110,8 +152,11 @@ def _plain_ops(device: torch.device) -> Ops:
     """The reference; on a CPU with the faster of torch's own matrix products."""
     if device.type != "cpu":
         return Ops()
-    project = partial(reference.project_and_pack, apply_linear=_cpu_linear)
-    return Ops(linear=_cpu_linear, project_and_pack=project)
+    return Ops(
+        linear=_cpu_linear,
+        fused_linear=partial(reference.fused_linear, apply_linear=_cpu_linear),
+        project_and_pack=partial(reference.project_and_pack, apply_linear=_cpu_linear),
+    )
 
 
 def _with_native(ops: Ops, device: torch.device, *, required: bool) -> Ops:
@@ -151,10 +196,10 @@ def _native_pack_views(native: ModuleType) -> Callable[..., None]:
     return pack_views
 
 
-def _with_triton(ops: Ops, device: torch.device, *, required: bool) -> Ops:
+def _with_triton(ops: Ops, device: torch.device, attention: str, *, required: bool) -> Ops:
     try:
-        pool: Any = importlib.import_module("ovfast.kernels.pool")
-        interpreting = bool(importlib.import_module("triton").knobs.runtime.interpret)
+        triton = importlib.import_module("triton")
+        own = importlib.import_module("ovfast.ops_triton")
     except ImportError as error:
         if required:
             raise BackendError(
@@ -163,19 +208,14 @@ def _with_triton(ops: Ops, device: torch.device, *, required: bool) -> Ops:
             ) from error
         _warn_without("Triton is not installed: every operation runs in plain torch")
         return ops
+    interpreting = bool(triton.knobs.runtime.interpret)
     if device.type != "cuda" and not interpreting:
         raise BackendError(
             f"backend='triton' on device {str(device)!r}; it needs a CUDA device (or Triton's"
             " interpreter, for tests). Use backend='auto'."
         )
-    return replace(
-        ops,
-        backend="triton",
-        pool_and_pack=pool.pool_and_pack,
-        project_and_pack=partial(
-            reference.project_and_pack, apply_linear=ops.linear, pool=pool.pool_and_pack
-        ),
-    )
+    fields_of_triton = own.triton_fields(device, attention, interpreting=interpreting)
+    return replace(ops, backend="triton", **fields_of_triton)
 
 
 @cache  # once in a process, not once an engine

@@ -136,8 +136,9 @@ def check_inputs(inputs: Any, vocab_size: int, image_size: int) -> None:
             f"ModelInputs of {len(ids)} ids; expected at least one, and all from 0 to"
             f" {vocab_size - 1}. Call prepare() of this engine."
         )
-    if inputs.views.shape[1:] != (side, side, 3):
-        raise PromptError(
-            f"ModelInputs with views of shape {inputs.views.shape}; expected (num_views, {side},"
-            f" {side}, 3). Call prepare() of this engine."
-        )
+    for plan in inputs.plans:
+        if plan.image_size != side:
+            raise PromptError(
+                f"ModelInputs with views of {plan.image_size}×{plan.image_size} pixels; expected"
+                f" {side}×{side}. Call prepare() of this engine."
+            )

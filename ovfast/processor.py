@@ -28,8 +28,8 @@ from ovfast.chat import (
 from ovfast.chat_template import load_template
 from ovfast.config import ModelConfig
 from ovfast.errors import CheckpointError, PromptError
-from ovfast.image import Pack, build_video_views, build_views
-from ovfast.media import MediaLimits, load_image, load_video
+from ovfast.image import Pack, build_media_views
+from ovfast.media import MediaLimits, load_images, load_video
 from ovfast.model_inputs import ModelInputs, VisualSpan
 from ovfast.text_tokenizer import IncrementalDecoder, TextTokenizer
 
@@ -170,6 +170,7 @@ class Processor:
         system: str | None = None,
         raw: bool = False,
         pack: Pack | None = None,
+        lazy_views: bool = False,
     ) -> ModelInputs:
         """Lay a prompt out, load its media and build their views.
 
@@ -182,6 +183,7 @@ class Processor:
             system: text of a system turn.
             raw: the prompt is complete and its special tokens are special.
             pack: `pack_views` of an Ops; None takes the reference.
+            lazy_views: leave the views to whoever asks for them.
 
         Returns:
             The laid-out request.
@@ -192,7 +194,7 @@ class Processor:
         """
         parsed = self._parse(prompt, _images(images), _videos(videos), system, raw)
         started = time.perf_counter()
-        pictures = [load_image(s, limits=limits, exif=visual.exif) for s in parsed.images]
+        pictures = load_images(parsed.images, limits=limits, exif=visual.exif)
         clips = [
             load_video(
                 source,
@@ -212,16 +214,19 @@ class Processor:
         input_ids, spans, plans = self._lay_out(sizes, visual)
         media = {"image": iter(pictures), "video": iter(clips)}
         ordered = [next(media[span.kind]) for span in spans]
-        views = self._build_views(ordered, plans, pack)
+        if lazy_views:  # a caller may go on to write into its own arrays
+            ordered = [pixels.copy() for pixels in ordered]
+        views = [] if lazy_views and plans else [self._build_views(ordered, plans, pack)]
         done = time.perf_counter()
         return ModelInputs(
             input_ids,
             spans,
             plans,
-            views,
+            tuple(ordered),
             visual,
             media_ms=1e3 * (loaded - started),
             preprocess_ms=1e3 * (done - loaded),
+            _views=views,
         )
 
     def _build_views(
@@ -230,17 +235,10 @@ class Processor:
         plans: tuple[VisualPlan, ...],
         pack: Pack | None,
     ) -> NDArray[np.uint8]:
-        side = self.geometry.image_size
-        views = np.empty((sum(plan.num_views for plan in plans), side, side, 3), np.uint8)
-        row = 0
-        for pixels, plan in zip(media, plans, strict=True):
-            out = views[row : row + plan.num_views]
-            if plan.kind == "video":
-                build_video_views(pixels, plan, out)
-            else:
-                build_views(pixels, plan, out, pack=pack)
-            row += plan.num_views
-        return views
+        if not plans:
+            side = self.geometry.image_size
+            return np.empty((0, side, side, 3), np.uint8)
+        return build_media_views(media, plans, pack=pack)
 
     def _parse(
         self,

@@ -9,17 +9,16 @@ depend on its neighbours.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
-
-UInt8Array = NDArray[np.uint8]
 
 MASK_ROWS = 256  # rows of an explicit causal mask at a time: 256 × 32 768 float32 are 32 MB
 PROJECT_ROWS = 1024
-PIXEL_SCALE = 1 / 127.5
+GELUS = {"gelu_tanh": "tanh", "gelu_erf": "none"}
+
+
+TEXT_ROW = -2  # first index of a row of inputs_embeds that is a text embedding; -1 is the newline
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +58,32 @@ def linear(
 def packed_linear(x: Tensor, packed: PackedLinear) -> Tensor:
     """As `linear`, of a packed layer."""
     return linear(x, packed.weight, packed.bias)
+
+
+def fused_linear(
+    x: Tensor,
+    packed: PackedLinear,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    apply_linear: Callable[[Tensor, PackedLinear], Tensor] = packed_linear,
+) -> Tensor:
+    """A linear layer with what follows it: activation, then the residual stream.
+
+    Args:
+        x: (rows, in_features).
+        packed: in_features → out_features.
+        activation: None, "gelu_tanh" (the tower's) or "gelu_erf" (the projector's).
+        residual: (rows, out_features), to which the result is added in place.
+        apply_linear: the linear layer of the back end.
+
+    Returns:
+        (rows, out_features): residual if it was given.
+    """
+    out = apply_linear(x, packed)
+    if activation is not None:
+        out = gelu(out, approximate=GELUS[activation])
+    return out if residual is None else residual.add_(out)
 
 
 def layer_norm(
@@ -124,37 +149,37 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, upcast: bool = False) -> Tensor
     return x
 
 
-def patch_offset(weight: Tensor, bias: Tensor, position_embedding: Tensor) -> Tensor:
-    """What patch_embed adds: position embedding + bias − Σ weight, (tokens_per_view, hidden)."""
-    constant = bias.double() - weight.double().sum(dim=1)
-    return (position_embedding.double() + constant).float()
-
-
-def patch_embed(
-    view: Tensor, weight: Tensor, offset: Tensor, dtype: torch.dtype, *, upcast: bool = False
+def rope_and_store(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: int,
+    num_heads: int,
+    num_kv_heads: int,
 ) -> Tensor:
-    """Embeds the patches of one view straight from its pixels.
-
-    With u = 0…255 the normalised pixel is u / 127.5 − 1, so the product is Σ w·u / 127.5 − Σ w.
+    """Rotates queries and keys and appends keys and values to one slot of one layer.
 
     Args:
-        view: (side, side, 3) uint8; what does not fill a patch is dropped.
-        weight: (hidden_size, 3 · patch²) float32, columns in (channel, row, column) order.
-        offset: (tokens_per_view, hidden_size) float32, of `patch_offset`.
-        dtype: of the result.
-        upcast: compute and return float64.
+        qkv: (rows, (num_heads + 2 · num_kv_heads) · head_dim), overwritten.
+        cos: (rows, head_dim / 2), of the rows' positions.
+        sin: as cos.
+        k_cache: (num_kv_heads, max_positions, head_dim), written from `start` on.
+        v_cache: as k_cache.
+        start: position of the first row.
+        num_heads: of the queries.
+        num_kv_heads: of the keys and of the values.
 
     Returns:
-        (tokens_per_view, hidden_size).
+        The queries, (rows, num_heads, head_dim).
     """
-    patch = round((weight.shape[1] // 3) ** 0.5)
-    grid = view.shape[0] // patch
-    pixels = view[: grid * patch, : grid * patch].reshape(grid, patch, grid, patch, 3)
-    patches = pixels.permute(0, 2, 4, 1, 3).to(torch.float64 if upcast else torch.float32)
-    patches = patches.reshape(grid * grid, weight.shape[1])
-    if upcast:
-        return _truth(offset) + (patches @ _truth(weight).t()) / 127.5
-    return torch.addmm(offset, patches, weight.t(), alpha=PIXEL_SCALE).to(dtype)
+    rows, stop, num_rotated = len(qkv), start + len(qkv), num_heads + num_kv_heads
+    qkv = qkv.view(rows, num_rotated + num_kv_heads, -1)
+    rope(qkv[:, :num_rotated], cos, sin)
+    k_cache[:, start:stop] = qkv[:, num_heads:num_rotated].transpose(0, 1)
+    v_cache[:, start:stop] = qkv[:, num_rotated:].transpose(0, 1)
+    return qkv[:, :num_heads]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, upcast: bool = False) -> Tensor:
@@ -172,6 +197,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, upcast: bool = False) -> Tenso
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = _sdpa_truth(q, k, v, None) if upcast else F.scaled_dot_product_attention(q, k, v)
     return out[0].transpose(0, 1).flatten(1)
+
+
+def view_attention(qkv: Tensor, num_heads: int, tokens_per_view: int) -> Tensor:
+    """`attention` inside each view.
+
+    Args:
+        qkv: (num_views · tokens_per_view, 3 · num_heads · head_dim): queries, keys, values.
+        num_heads: of each.
+        tokens_per_view: rows of a view.
+
+    Returns:
+        (num_views · tokens_per_view, num_heads · head_dim).
+    """
+    heads = qkv.view(len(qkv), 3, num_heads, -1)
+    views = range(0, len(qkv), tokens_per_view)
+    outs = [attention(*heads[first : first + tokens_per_view].unbind(1)) for first in views]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def causal_attention(
@@ -246,9 +288,6 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, *, upcast: bool = False) -
     return F.scaled_dot_product_attention(q, k[None], v[None]).reshape(1, -1)
 
 
-Pool = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
 def pool_and_pack(
     features: Tensor,
     index: Tensor,
@@ -289,36 +328,53 @@ def pool_and_pack(
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class RowTable:
+    """What consecutive rows of inputs_embeds are made of.
+
+    Attributes:
+        source_rows: (num_sources,) int32, the feature rows that are used.
+        index: (num_rows, 4) int32 into source_rows; a row of -1 is the newline, of TEXT_ROW a text
+            embedding.
+        weight: (num_rows, 4) float32, the shares of the four sources, which sum to 1.
+        has_pooled: whether any row has more than one source.
+    """
+
+    source_rows: Tensor
+    index: Tensor
+    weight: Tensor
+    has_pooled: bool
+
+
 def project_and_pack(
     features: Tensor,
-    source_rows: Tensor,
-    index: Tensor,
-    weight: Tensor,
+    table: RowTable,
     linear_1: PackedLinear,
     linear_2: PackedLinear,
     newline: Tensor,
+    token_ids: Tensor,
+    embed_tokens: Tensor,
     out: Tensor,
     *,
     apply_linear: Callable[[Tensor, PackedLinear], Tensor] = packed_linear,
-    pool: Pool = pool_and_pack,
 ) -> Tensor:
-    """Projects the used rows of one picture, then pools and packs them, as upstream does.
+    """Projects the used features, pools and packs them as upstream does, and places the text.
 
     Args:
         features: (num_views · tokens_per_view, vision_hidden_size).
-        source_rows: (num_sources,) int32, the rows of features that are used.
-        index: (num_tokens, 4) int32 into source_rows, -1 for the newline.
-        weight: (num_tokens, 4) float32.
+        table: where each row comes from.
         linear_1: vision_hidden_size → hidden_size, followed by the exact GELU.
         linear_2: hidden_size → hidden_size.
         newline: (hidden_size,).
-        out: (num_tokens, hidden_size), written in place.
+        token_ids: (num_rows,) int32, read where the table says text.
+        embed_tokens: (vocab_size, hidden_size).
+        out: (num_rows, hidden_size), written in place.
         apply_linear: the linear layer of the back end.
-        pool: the pooling of the back end.
 
     Returns:
         out.
     """
+    source_rows = table.source_rows
     if len(source_rows) < features.shape[0]:
         features = features.index_select(0, source_rows)
     projected = out.new_empty(len(source_rows), out.shape[1])
@@ -326,34 +382,7 @@ def project_and_pack(
         block = slice(first, first + PROJECT_ROWS)
         hidden = gelu(apply_linear(features[block], linear_1), approximate="none")
         projected[block] = apply_linear(hidden, linear_2)
-    return pool(projected, index, weight, newline, out)
-
-
-def pack_views(
-    resized: UInt8Array,
-    offset_hw: tuple[int, int],
-    grid_hw: tuple[int, int],
-    fill: int,
-    out: UInt8Array,
-) -> None:
-    """Cuts a picture, padded to a canvas of whole views, into its crops, row by row.
-
-    Args:
-        resized: (height, width, 3) uint8, the picture inside the canvas.
-        offset_hw: its (top, left) corner in the canvas.
-        grid_hw: rows and columns of crops.
-        fill: value of the padding.
-        out: (rows · cols, side, side, 3) uint8, written completely.
-    """
-    side = out.shape[1]
-    (top, left), (rows, cols) = offset_hw, grid_hw
-    height, width = resized.shape[:2]
-    out[...] = fill
-    for row in range(rows):
-        y0, y1 = max(top, row * side), min(top + height, (row + 1) * side)
-        for col in range(cols):
-            x0, x1 = max(left, col * side), min(left + width, (col + 1) * side)
-            if y0 < y1 and x0 < x1:
-                view = out[row * cols + col]
-                target = view[y0 - row * side : y1 - row * side, x0 - col * side : x1 - col * side]
-                target[...] = resized[y0 - top : y1 - top, x0 - left : x1 - left]
+    pool_and_pack(projected, table.index, table.weight, newline, out)
+    is_text = table.index[:, 0] == TEXT_ROW
+    out[is_text] = embed_tokens[token_ids[is_text].long()]
+    return out

@@ -7,6 +7,7 @@ from collections.abc import Collection
 import numpy as np
 import torch
 
+from ovfast.clock import Mark, elapsed_ms
 from ovfast.errors import BackendError
 from ovfast.model_inputs import ModelInputs
 from ovfast.outputs import FinishReason, GenerationOutput, StreamChunk, Timings, Usage
@@ -39,6 +40,7 @@ class Request:
         pending: chunks made and not yet taken.
         finish_reason: set with the last chunk.
         error: what ended the request instead of a last chunk.
+        stages: when encoding began, when it ended, and when the prompt was in the cache.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Request:
         self.pending: deque[StreamChunk] = deque()
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
+        self.stages: tuple[Mark, Mark, Mark] | None = None
         self._stop_ids, self._max_new_tokens = frozenset(stop_ids), max_new_tokens
         self._decoder, self._stops = decoder, StopStrings(params.stop)
         self._started = started
@@ -120,6 +123,7 @@ class Request:
         if not self._token_ids:
             self._first_token_at = time.perf_counter()
             self.timings.ttft_ms = milliseconds_since(self._started)
+            self._read_stages()
         self._token_ids.append(result.token)
         if result.logprob is not None:
             self._logprobs.append(result.logprob)
@@ -138,6 +142,14 @@ class Request:
             output = self.output()
         logprobs = None if result.logprob is None else (result.logprob,)
         self.pending.append(StreamChunk(emit, (result.token,), logprobs, output))
+
+    def _read_stages(self) -> None:
+        """Only now: the first token is on the host, so nothing has to be waited for."""
+        if self.stages is not None:
+            started, embedded, prefilled = self.stages
+            if self.inputs.spans:
+                self.timings.vision_ms = elapsed_ms(started, embedded)
+            self.timings.prefill_ms = elapsed_ms(embedded, prefilled)
 
     def _match_stops(self, text: str) -> tuple[str, bool]:
         """Stop strings count only after `min_new_tokens`; text before that passes unmatched."""

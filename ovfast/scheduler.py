@@ -10,7 +10,6 @@ repeated; the lock is only taken by `with` on the bare lock, which no signal can
 """
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +18,13 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from ovfast.clock import mark
 from ovfast.errors import BackendError, CapacityError
 from ovfast.kv_cache import KVCache
-from ovfast.model_inputs import ModelInputs, VisualSpan
-from ovfast.models.llava_onevision import LlavaOnevision
+from ovfast.model_inputs import ModelInputs
+from ovfast.models.llava_onevision import LlavaOnevision, Part
 from ovfast.outputs import StreamChunk
-from ovfast.request import Request, milliseconds_since
+from ovfast.request import Request
 from ovfast.runner import DecodeRunner, StepResult
 
 # A waiting thread looks again after so long: an interrupt may have cut the call that wakes it.
@@ -124,7 +124,7 @@ class Scheduler:
                 self._collect(loaded)
 
     def embed(self, inputs: ModelInputs) -> torch.Tensor:
-        """Text and visual rows of a request, a step for each picture: others' tokens pass between.
+        """Text and visual rows of a request, a step for each part: others' tokens pass between.
 
         Args:
             inputs: a laid-out request.
@@ -132,9 +132,10 @@ class Scheduler:
         Returns:
             (num_tokens, hidden_size).
         """
-        embeds = self.step(lambda loaded: loaded.model.embed_text(inputs))
-        for span in inputs.spans:
-            self.step(_encoding(inputs, span, embeds))
+        model = self.loaded().model
+        embeds = self.step(lambda loaded: loaded.model.new_inputs_embeds(inputs))
+        for part in model.parts(inputs):
+            self.step(_encoding(inputs, part, embeds))
         return embeds
 
     def run(self, requests: Sequence[Request]) -> None:
@@ -182,12 +183,12 @@ class Scheduler:
         slot = self._take_slot(call, wait=wait)
         if slot is None:
             return False
-        timings, start = request.timings, time.perf_counter()
+        device = self.loaded().model.device
+        started = mark(device)
         embeds = self.embed(request.inputs)
-        timings.vision_ms = milliseconds_since(start) if request.inputs.spans else 0.0
-        start = time.perf_counter()
+        embedded = mark(device)
         self.step(lambda loaded: self._prefill(loaded, request, slot, embeds))
-        timings.prefill_ms = milliseconds_since(start)
+        request.stages = (started, embedded, mark(device))
         return True
 
     def _prefill(self, loaded: Loaded, request: Request, slot: int, embeds: torch.Tensor) -> None:
@@ -279,7 +280,5 @@ class Scheduler:
             self._changed.notify_all()
 
 
-def _encoding(
-    inputs: ModelInputs, span: VisualSpan, embeds: torch.Tensor
-) -> Callable[[Loaded], None]:
-    return lambda loaded: loaded.model.encode_visual(inputs, span, embeds)
+def _encoding(inputs: ModelInputs, part: Part, embeds: torch.Tensor) -> Callable[[Loaded], object]:
+    return lambda loaded: loaded.model.encode(inputs, part, embeds)

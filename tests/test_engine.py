@@ -285,7 +285,7 @@ def test_inputs_belong_to_one_kind_of_checkpoint(
             engine.generate(inputs, **options)
     with open_engine(random_checkpoint(CheckpointSpec(image_size=56))) as other:
         for call in (other.generate, other.forward, lambda i: other.score(i, ["a"])):
-            with pytest.raises(PromptError, match=r"views of shape.*prepare\(\) of this engine"):
+            with pytest.raises(PromptError, match=r"views of 84×84 .*prepare\(\) of this"):
                 call(inputs)
     odd = engine.prepare("Hi")
     odd.input_ids[1] = 608

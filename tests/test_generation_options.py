@@ -255,7 +255,7 @@ def test_logprobs(engine: Engine, count: int) -> None:
         np.concatenate([prompt, output.token_ids]),
         inputs.spans,
         inputs.plans,
-        inputs.views,
+        inputs.media,
         inputs.visual,
     )
     rows = range(len(prompt) - 1, len(prompt) + NUM_TOKENS - 1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ovfast import ops as ops_module
-from ovfast import reference
+from ovfast import reference_pixels
 from ovfast.errors import BackendError, OptionError
 from ovfast.ops import OPERATIONS, Ops, make_ops
 
@@ -38,8 +38,9 @@ def test_reference_runs_everywhere():
 
 
 def test_where_names_every_operation():
-    operations = {name for name in Ops.__dataclass_fields__ if name not in ("backend", "where")}
-    assert set(make_ops(CPU, "reference").where) == operations
+    ops = make_ops(CPU, "reference")
+    operations = {name for name in Ops.__dataclass_fields__ if callable(getattr(ops, name))}
+    assert set(ops.where) == operations
 
 
 @pytest.mark.parametrize("backend", ["cuda", "", "Reference"])
@@ -76,7 +77,7 @@ def test_forced_native_without_the_module(monkeypatch):
 
 
 def test_forced_triton_without_triton(monkeypatch):
-    hide(monkeypatch, "ovfast.kernels.pool")
+    hide(monkeypatch, "ovfast.ops_triton")
     with pytest.raises(BackendError, match="Install the `triton` package"):
         make_ops(CUDA, "triton")
 
@@ -92,7 +93,7 @@ def test_auto_without_the_module_warns_once(monkeypatch, caplog):
 
 
 def test_auto_on_cuda_without_triton_falls_back(monkeypatch, caplog):
-    hide(monkeypatch, "ovfast.kernels.pool")
+    hide(monkeypatch, "ovfast.ops_triton")
     ops_module._warn_without.cache_clear()
     with caplog.at_level(logging.WARNING, logger="ovfast"):
         assert make_ops(CUDA, "auto").backend == "reference"
@@ -115,7 +116,8 @@ def test_auto_on_cuda_takes_triton():
     pytest.importorskip("triton")
     ops = make_ops(CUDA, "auto")
     assert ops.backend == "triton"
-    assert ops.where["pool_and_pack"] == ops.where["project_and_pack"] == "triton"
+    assert ops.where["resample"] == ops.where["project_and_pack"] == "triton"
+    assert ops.where["decode_attention"] == ops.where["linear"] == "reference"
     assert ops.where["pack_views"] == "reference"
 
 
@@ -129,7 +131,7 @@ def test_native_pack_views_has_the_reference_interface(offset_hw, grid_hw):
     out = np.full((rows * cols, side, side, 3), 99, np.uint8)
     expected = np.zeros_like(out)
     ops.pack_views(picture, offset_hw, grid_hw, 127, out)
-    reference.pack_views(picture, offset_hw, grid_hw, 127, expected)
+    reference_pixels.pack_views(picture, offset_hw, grid_hw, 127, expected)
     np.testing.assert_array_equal(out, expected)
 
 
@@ -144,19 +146,21 @@ def test_packed_linear_shares_memory():
 INTERPRETED = """
 import torch
 from ovfast import reference
-from ovfast.ops import PackedLinear, make_ops
+from ovfast.ops import PackedLinear, RowTable, make_ops
 from ovfast.pack_table import grid_table
 
 ops = make_ops(torch.device("cpu"), "triton")
-assert ops.where["pool_and_pack"] == "triton"
+assert ops.where["project_and_pack"] == "triton"
 table = grid_table(2, 2, (0, 2, 0, 4), (2, 3))
-names = (table.source_rows, table.index_compact, table.weight)
+arrays = map(torch.from_numpy, (table.source_rows, table.index_compact, table.weight))
+rows, count = RowTable(*arrays, has_pooled=True), len(table.index)
 torch.manual_seed(0)
-args = (torch.randn(12, 5), *map(torch.from_numpy, names), PackedLinear(torch.randn(6, 5), None),
-        PackedLinear(torch.randn(6, 6), torch.randn(6)), torch.randn(6))
-out = ops.project_and_pack(*args, torch.empty(len(table.index), 6))
-expected = reference.project_and_pack(*args, torch.empty(len(table.index), 6))
-torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+args = (torch.randn(12, 5), rows, PackedLinear(torch.randn(6, 5), torch.randn(6)),
+        PackedLinear(torch.randn(6, 6), torch.randn(6)), torch.randn(6),
+        torch.zeros(count, dtype=torch.int32), torch.randn(3, 6))
+out = ops.project_and_pack(*args, torch.empty(count, 6))
+expected = reference.project_and_pack(*args, torch.empty(count, 6))
+torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 """
 
 

@@ -115,7 +115,7 @@ def test_symlink_is_relative() -> None:
     if not link.is_symlink():
         pytest.skip("this checkout has no symbolic links")
     assert os.readlink(link) == "../kernels"
-    assert (link / "pool.py").is_file()
+    assert (link / "resize.py").is_file()
 
 
 def test_version_is_said_once() -> None:

@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovfast import reference
+from ovfast import reference, reference_pixels
 from ovfast.pack_table import copy_table, grid_table, video_table
+from ovfast.pixels import view_pixels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -95,12 +96,14 @@ def test_patch_embed_equals_a_convolution_of_normalised_pixels(side, patch):
     pixels = (view.permute(2, 0, 1)[None].double() / 255 - 0.5) / 0.5
     convolved = F.conv2d(pixels, weight.double(), bias.double(), stride=patch)
     expected = convolved[0].flatten(1).t() + position.double()
-    offset = reference.patch_offset(weight.flatten(1), bias, position)
-    out = reference.patch_embed(view, weight.flatten(1), offset, torch.float32)
+    pixels = view_pixels(view[None].numpy(), torch.device("cpu"))
+    offset = reference_pixels.patch_offset(weight.flatten(1), bias, position)
+    args = (pixels.buffer, pixels.windows, weight.flatten(1), offset, side)
+    out = reference_pixels.patch_embed(*args, torch.float32)
     assert float((out - expected).abs().max()) <= 1e-5
-    truth = reference.patch_embed(view, weight.flatten(1), offset, torch.float32, upcast=True)
+    truth = reference_pixels.patch_embed(*args, torch.float32, upcast=True)
     assert float((truth - expected).abs().max()) <= 1e-6
-    half = reference.patch_embed(view, weight.flatten(1), offset, torch.bfloat16)
+    half = reference_pixels.patch_embed(*args, torch.bfloat16)
     assert torch.equal(half, out.bfloat16())  # one rounding, at the end
 
 
@@ -170,6 +173,16 @@ TABLES = {
 NUM_SOURCES = 5 * 9
 
 
+def no_text(table):
+    """Ids and embeddings where no row is text."""
+    return torch.zeros(len(table.index), dtype=torch.int32), torch.zeros(1, 6)
+
+
+def row_table(table):
+    names = (table.source_rows, table.index_compact, table.weight)
+    return reference.RowTable(*map(torch.from_numpy, names), has_pooled=True)
+
+
 def pack(table, features, newline, **kwargs):
     out = torch.full((len(table.index), features.shape[1]), torch.nan, dtype=features.dtype)
     index, weight = torch.from_numpy(table.index), torch.from_numpy(table.weight)
@@ -210,17 +223,30 @@ def test_project_and_pack_skips_unused_rows_only(name):
     unused = torch.ones(NUM_SOURCES, dtype=torch.bool)
     unused[torch.from_numpy(table.source_rows).long()] = False
     features[unused] = torch.nan
-    out = reference.project_and_pack(
-        features,
-        torch.from_numpy(table.source_rows),
-        torch.from_numpy(table.index_compact),
-        torch.from_numpy(table.weight),
-        linear_1,
-        linear_2,
-        newline,
-        torch.empty_like(expected),
-    )
+    args = (features, row_table(table), linear_1, linear_2, newline, *no_text(table))
+    out = reference.project_and_pack(*args, torch.empty_like(expected))
     assert_near(out, expected, ulps=8)
+
+
+def test_project_and_pack_places_text_between_pictures():
+    """Rows that the table calls text are copies of embeddings, and change nothing else."""
+    table = TABLES["grid"]
+    features, newline = randn(NUM_SOURCES, 7), randn(6)
+    linear_1 = reference.PackedLinear(randn(6, 7), randn(6))
+    args = (linear_1, reference.PackedLinear(randn(6, 6), None), newline)
+    plain = row_table(table)
+    alone = torch.empty(len(table.index), 6)
+    reference.project_and_pack(features, plain, *args, *no_text(table), alone)
+    text = torch.full((2, 4), reference.TEXT_ROW, dtype=torch.int32)
+    index = torch.cat([text, plain.index, text[:1]])
+    weight = torch.cat([torch.zeros(2, 4), plain.weight, torch.zeros(1, 4)])
+    token_ids = torch.zeros(len(index), dtype=torch.int32)
+    token_ids[:2], token_ids[-1] = torch.tensor([3, 1]), 2
+    embed_tokens, out = randn(5, 6, seed=9), torch.empty(len(index), 6)
+    joined = reference.RowTable(plain.source_rows, index, weight, has_pooled=False)
+    reference.project_and_pack(features, joined, *args, token_ids, embed_tokens, out)
+    assert torch.equal(out[2:-1], alone)
+    assert torch.equal(out[[0, 1, -1]], embed_tokens[[3, 1, 2]])
 
 
 def test_project_and_pack_blocks_do_not_change_the_result(monkeypatch):
@@ -228,8 +254,7 @@ def test_project_and_pack_blocks_do_not_change_the_result(monkeypatch):
     features, newline = randn(3 * 729, 7), randn(6)
     linear_1 = reference.PackedLinear(randn(6, 7), randn(6, seed=1))
     linear_2 = reference.PackedLinear(randn(6, 6), randn(6, seed=2))
-    tables = (table.source_rows, table.index_compact, table.weight)
-    args = (features, *map(torch.from_numpy, tables), linear_1, linear_2, newline)
+    args = (features, row_table(table), linear_1, linear_2, newline, *no_text(table))
     blocked = reference.project_and_pack(*args, torch.empty(len(table.index), 6))
     monkeypatch.setattr(reference, "PROJECT_ROWS", 10**6)
     whole = reference.project_and_pack(*args, torch.empty(len(table.index), 6))

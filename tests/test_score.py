@@ -89,7 +89,7 @@ def test_lmms_eval_form(engine: Engine) -> None:
 def from_forward(engine: Engine, inputs: Any, score: ScoreOutput, ids: list[int]) -> None:
     """`ids`: the prompt as it stands before the scored tokens."""
     whole = type(inputs)(
-        np.array([*ids, *score.token_ids]), inputs.spans, inputs.plans, inputs.views, inputs.visual
+        np.array([*ids, *score.token_ids]), inputs.spans, inputs.plans, inputs.media, inputs.visual
     )
     rows = range(len(ids) - 1, len(whole.input_ids) - 1)
     logprobs = engine.forward(whole, positions=rows).log_softmax(1)
@@ -173,7 +173,7 @@ def test_one_prefill_serves_all(engine: Engine, monkeypatch: pytest.MonkeyPatch)
     encode, prefill = SiglipTower.encode, Qwen2.prefill_hidden
 
     def counting_encode(self: Any, views_given: Any, *rest: Any) -> Any:
-        views.append(len(views_given))
+        views.append(views_given.num_views)
         return encode(self, views_given, *rest)
 
     def counting_prefill(self: Any, embeds: Any, *rest: Any) -> Any:

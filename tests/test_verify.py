@@ -217,7 +217,7 @@ def test_our_weights_are_freed_before_the_reference_loads(tiny_checkpoint: Path)
     with torch.inference_mode():
         expected = model.language_model.logits(hidden)
     parts = [weakref.ref(part) for part in (model, model.vision_tower)]
-    parts.append(weakref.ref(model.language_model._layers[0].down_proj.weight))
+    parts.append(weakref.ref(model.language_model.layers[0].down_proj.weight))
     del model
     head = keep_head(engine)
     assert engine.closed

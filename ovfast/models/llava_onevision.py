@@ -6,6 +6,7 @@ sampling and no requests beyond the one of a call.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,12 +16,15 @@ from torch import Tensor
 
 from ovfast.anyres import VisualPlan
 from ovfast.config import ModelConfig
+from ovfast.cuda_graphs import GraphCache
 from ovfast.kv_cache import KVCache
 from ovfast.models.parameters import Loader, Weights
 from ovfast.models.projector import Projector
 from ovfast.models.qwen2 import Qwen2
 from ovfast.models.siglip import SiglipTower
+from ovfast.models.visual_rows import row_table
 from ovfast.ops import Ops
+from ovfast.pixels import PixelLoader, Pixels, view_pixels
 
 
 class Span(Protocol):
@@ -35,7 +39,7 @@ class Span(Protocol):
 
 
 class Inputs(Protocol):
-    """What the model reads of a prepared request; views stand in the order of the plans."""
+    """What the model reads of a prepared request; spans, plans, media and views in one order."""
 
     @property
     def input_ids(self) -> NDArray[np.int64]: ...
@@ -44,7 +48,18 @@ class Inputs(Protocol):
     @property
     def plans(self) -> Sequence[VisualPlan]: ...
     @property
+    def media(self) -> Sequence[NDArray[np.uint8]]: ...
+    @property
     def views(self) -> NDArray[np.uint8]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows start…stop of inputs_embeds, and the pictures among them: what is encoded together."""
+
+    spans: tuple[Span, ...]
+    start: int
+    stop: int
 
 
 class LlavaOnevision:
@@ -57,6 +72,7 @@ class LlavaOnevision:
         ops: Ops,
         dtype: torch.dtype,
         device: torch.device,
+        graphs: GraphCache | None = None,
     ) -> None:
         """Takes all parameters.
 
@@ -66,10 +82,13 @@ class LlavaOnevision:
             ops: of the device.
             dtype: of weights, activations and keys.
             device: of the model.
+            graphs: replays the tower's layers; None launches them one by one.
         """
         self.config, self.dtype, self.device = config, dtype, device
+        self._ops, self._graphs = ops, graphs
+        self._pixel_loader = PixelLoader(ops, device)
         loader = Loader(weights, ops, dtype, device)
-        self.vision_tower = SiglipTower(config.vision, loader)
+        self.vision_tower = SiglipTower(config.vision, loader, graphs)
         self.multi_modal_projector = Projector(loader)
         self.language_model = Qwen2(config.text, loader)
 
@@ -88,61 +107,89 @@ class LlavaOnevision:
             device=self.device,
         )
 
-    def embed_text(self, inputs: Inputs) -> Tensor:
-        """The input buffer with the text rows filled in.
+    def parts(self, inputs: Inputs) -> list[Part]:
+        """What of a request is encoded together, in order: every row belongs to one part.
 
-        Args:
-            inputs: a prepared request.
-
-        Returns:
-            inputs_embeds (num_tokens, hidden_size); the rows of its spans are not initialised.
+        Text stands with the picture that follows it, the last text with the last picture.
         """
-        input_ids = torch.from_numpy(inputs.input_ids).to(self.device)
-        shape = (len(input_ids), self.config.text.hidden_size)
-        inputs_embeds = torch.empty(shape, dtype=self.dtype, device=self.device)
-        position = 0
-        for span in sorted(inputs.spans, key=lambda span: span.start):
-            self._embed_rows(input_ids, inputs_embeds, position, span.start)
-            position = span.end
-        self._embed_rows(input_ids, inputs_embeds, position, len(input_ids))
-        return inputs_embeds
+        parts: list[Part] = []
+        spans: list[Span] = []
+        num_views, start = 0, 0
+        for span in inputs.spans:
+            views = inputs.plans[span.plan_index].num_views
+            if spans and num_views + views > self._ops.views_a_step:
+                parts.append(Part(tuple(spans), start, spans[-1].end))
+                start, spans, num_views = spans[-1].end, [], 0
+            spans.append(span)
+            num_views += views
+        parts.append(Part(tuple(spans), start, len(inputs.input_ids)))
+        return parts
 
-    def _embed_rows(self, input_ids: Tensor, inputs_embeds: Tensor, start: int, stop: int) -> None:
-        if start < stop:
-            self.language_model.embed(input_ids[start:stop], out=inputs_embeds[start:stop])
+    def new_inputs_embeds(self, inputs: Inputs) -> Tensor:
+        """(num_tokens, hidden_size), not initialised: `encode` fills it part by part."""
+        shape = (len(inputs.input_ids), self.config.text.hidden_size)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def encode_visual(
+    def encode(
         self,
         inputs: Inputs,
-        span: Span,
+        part: Part,
         inputs_embeds: Tensor,
         poll: Callable[[], None] | None = None,
-    ) -> None:
-        """Encodes one picture or video into its rows of the input buffer.
+    ) -> Tensor | None:
+        """Fills the rows of one part.
 
         Args:
             inputs: a prepared request.
-            span: one of inputs.spans.
-            inputs_embeds: (num_tokens, hidden_size), of `embed_text`; written in place.
-            poll: called before each view; may raise to give up.
+            part: one of `parts`.
+            inputs_embeds: of `new_inputs_embeds`; rows of the part are written.
+            poll: called before each group of views; may raise to give up.
+
+        Returns:
+            The tower's features (num_views · tokens_per_view, vision_hidden_size) of the part's
+            pictures; None for text alone.
         """
-        plan = inputs.plans[span.plan_index]
-        first = sum(before.num_views for before in inputs.plans[: span.plan_index])
-        views = torch.from_numpy(inputs.views[first : first + plan.num_views])
-        features = self.vision_tower.encode(views, poll)
-        rows = inputs_embeds[span.start : span.end]
-        self.multi_modal_projector.project_and_pack(features, plan.table, rows)
+        ids = inputs.input_ids[part.start : part.stop]
+        token_ids = torch.from_numpy(ids.astype(np.int32)).to(self.device)
+        rows = inputs_embeds[part.start : part.stop]
+        if not part.spans:
+            self.language_model.embed(token_ids, out=rows)
+            return None
+        features = self.vision_tower.encode(self._pixels(inputs, part), poll)
+        tokens = self.config.vision.tokens_per_view
+        placed, first_feature = [], 0
+        for span in part.spans:
+            plan = inputs.plans[span.plan_index]
+            placed.append((span.start - part.start, first_feature, plan.table))
+            first_feature += plan.num_views * tokens
+        self.multi_modal_projector.project_and_pack(
+            features,
+            row_table(len(rows), tuple(placed)),
+            token_ids,
+            self.language_model.embed_tokens,
+            rows,
+        )
+        return features
+
+    def _pixels(self, inputs: Inputs, part: Part) -> Pixels:
+        """The views of a part's pictures, whose plans stand side by side."""
+        first, last = part.spans[0].plan_index, part.spans[-1].plan_index + 1
+        if self._ops.reads_pictures:
+            return self._pixel_loader.load(inputs.media[first:last], inputs.plans[first:last])
+        counts = [plan.num_views for plan in inputs.plans]
+        views = inputs.views[sum(counts[:first]) : sum(counts[:last])]
+        return view_pixels(views, self.device)
 
     def build_inputs_embeds(self, inputs: Inputs, poll: Callable[[], None] | None = None) -> Tensor:
         """Text and visual rows of a request: (num_tokens, hidden_size).
 
         Args:
             inputs: a prepared request.
-            poll: called before each view; may raise to give up.
+            poll: called before each group of views; may raise to give up.
         """
-        inputs_embeds = self.embed_text(inputs)
-        for span in inputs.spans:
-            self.encode_visual(inputs, span, inputs_embeds, poll)
+        inputs_embeds = self.new_inputs_embeds(inputs)
+        for part in self.parts(inputs):
+            self.encode(inputs, part, inputs_embeds, poll)
         return inputs_embeds
 
     def prefill(

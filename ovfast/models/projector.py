@@ -1,10 +1,17 @@
-"""The projector: features of one picture or video to rows of the language model's input."""
+"""The projector: features of pictures and videos to rows of the language model's input."""
+
+from functools import lru_cache
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ovfast.models.parameters import Loader
-from ovfast.pack_table import PackTable
+from ovfast.models.visual_rows import HostRowTable
+from ovfast.ops import RowTable
+
+TABLES_KEPT = 32  # on the device: 36 bytes a row, 0.3 MB for the largest picture
 
 
 class Projector:
@@ -12,10 +19,11 @@ class Projector:
 
     def __init__(self, loader: Loader) -> None:
         """Takes `multi_modal_projector.*` and `image_newline`."""
-        self._ops = loader.ops
+        self._ops, self._device = loader.ops, loader.device
         self._linear_1 = loader.linear("multi_modal_projector.linear_1", bias=True)
         self._linear_2 = loader.linear("multi_modal_projector.linear_2", bias=True)
         self.image_newline = loader.tensor("image_newline")
+        self._device_table = lru_cache(maxsize=TABLES_KEPT)(self._copy_table)
 
     def project(self, features: Tensor) -> Tensor:
         """Projects rows without packing them, for stage comparisons.
@@ -26,28 +34,43 @@ class Projector:
         Returns:
             (rows, hidden_size).
         """
-        hidden = self._ops.gelu(self._ops.linear(features, self._linear_1), approximate="none")
-        return self._ops.linear(hidden, self._linear_2)
+        hidden = self._ops.fused_linear(features, self._linear_1, activation="gelu_erf")
+        return self._ops.fused_linear(hidden, self._linear_2)
 
-    def project_and_pack(self, features: Tensor, table: PackTable, out: Tensor) -> Tensor:
-        """Writes the visual tokens of one picture or video.
+    def project_and_pack(
+        self,
+        features: Tensor,
+        table: HostRowTable,
+        token_ids: Tensor,
+        embed_tokens: Tensor,
+        out: Tensor,
+    ) -> Tensor:
+        """Writes consecutive rows of inputs_embeds: visual tokens and the text around them.
 
         Args:
-            features: (num_views, tokens_per_view, vision_hidden_size).
-            table: of the picture's plan.
-            out: (num_tokens, hidden_size), rows of inputs_embeds; written in place.
+            features: (num_views · tokens_per_view, vision_hidden_size).
+            table: of the rows.
+            token_ids: (num_rows,) int32, read where the table says text.
+            embed_tokens: (vocab_size, hidden_size).
+            out: (num_rows, hidden_size), rows of inputs_embeds; written in place.
 
         Returns:
             out.
         """
-        device = features.device
         return self._ops.project_and_pack(
-            features.flatten(0, 1),
-            torch.from_numpy(table.source_rows).to(device),
-            torch.from_numpy(table.index_compact).to(device),
-            torch.from_numpy(table.weight).to(device),
+            features,
+            self._device_table(table),
             self._linear_1,
             self._linear_2,
             self.image_newline,
+            token_ids,
+            embed_tokens,
             out,
         )
+
+    def _copy_table(self, table: HostRowTable) -> RowTable:
+        def copy(array: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(array).to(self._device)
+
+        arrays = (copy(table.source_rows), copy(table.index), copy(table.weight))
+        return RowTable(*arrays, has_pooled=table.has_pooled)

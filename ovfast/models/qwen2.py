@@ -33,27 +33,27 @@ class Qwen2:
         self.config = config
         self._ops: Ops = loader.ops
         self.dtype, self.device = loader.dtype, loader.device
-        self._embed_tokens = loader.tensor("language_model.embed_tokens.weight")
-        self._layers = [_load_layer(loader, index) for index in range(config.num_layers)]
-        self._norm = loader.tensor("language_model.norm.weight")
+        self.embed_tokens = loader.tensor("language_model.embed_tokens.weight")
+        self.layers = [_load_layer(config, loader, index) for index in range(config.num_layers)]
+        self.norm = loader.tensor("language_model.norm.weight")
         if "lm_head.weight" in loader.weights.names:
-            self._lm_head = loader.linear("lm_head", bias=False)
+            self.lm_head = loader.linear("lm_head", bias=False)
         else:
-            self._lm_head = loader.ops.pack_linear(self._embed_tokens, None)
+            self.lm_head = loader.ops.pack_linear(self.embed_tokens, None)
 
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding; config.json may name another number."""
-        return self._embed_tokens.shape[0]
+        return self.embed_tokens.shape[0]
 
     def embed(self, input_ids: Tensor, out: Tensor | None = None) -> Tensor:
         """Text embeddings.
 
         Args:
-            input_ids: (num_tokens,) int64 on the model's device.
+            input_ids: (num_tokens,) int32 or int64 on the model's device.
             out: (num_tokens, hidden_size), written in place if given.
         """
-        return torch.index_select(self._embed_tokens, 0, input_ids, out=out)
+        return torch.index_select(self.embed_tokens, 0, input_ids, out=out)
 
     def prefill(
         self,
@@ -99,10 +99,10 @@ class Qwen2:
         cache.check_room(slot, num_tokens)
         hidden_states = inputs_embeds.clone()
         cos, sin = self._rope_table(start, start + num_tokens)
-        for index in range(len(self._layers)):
+        for index in range(len(self.layers)):
             if poll is not None:
                 poll()
-            is_last = index == len(self._layers) - 1
+            is_last = index == len(self.layers) - 1
             rows = wanted if is_last else range(num_tokens)
             hidden_states = self._run_layer(index, hidden_states, cos, sin, cache, slot, rows)
         cache.lengths[slot] = start + num_tokens
@@ -124,17 +124,17 @@ class Qwen2:
         """
         cache.check_room(slot, 1)
         position = cache.lengths[slot]
-        hidden_states = self._embed_tokens[token_id : token_id + 1].clone()
+        hidden_states = self.embed_tokens[token_id : token_id + 1].clone()
         cos, sin = self._rope_table(position, position + 1)
-        for index in range(len(self._layers)):
+        for index in range(len(self.layers)):
             hidden_states = self._run_layer(index, hidden_states, cos, sin, cache, slot, range(1))
         cache.lengths[slot] = position + 1
         return self.logits(hidden_states)[0]
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Final norm and head: (rows, hidden_size) → (rows, vocab_size) float32."""
-        x = self._ops.rms_norm(hidden_states, self._norm, self.config.rms_norm_eps)
-        return self._ops.linear(x, self._lm_head).float()
+        x = self._ops.rms_norm(hidden_states, self.norm, self.config.rms_norm_eps)
+        return self._ops.linear(x, self.lm_head).float()
 
     def _rope_table(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -154,7 +154,7 @@ class Qwen2:
 
         Returns the residual stream of `rows`; hidden_states is overwritten.
         """
-        ops, layer, eps = self._ops, self._layers[index], self.config.rms_norm_eps
+        ops, layer, eps = self._ops, self.layers[index], self.config.rms_norm_eps
         x = ops.rms_norm(hidden_states, layer.input_layernorm, eps)
         start = cache.lengths[slot]
         attended = self._attend(layer, x, cos, sin, cache.layer(index, slot), start, rows)
@@ -181,11 +181,9 @@ class Qwen2:
         ops, config = self._ops, self.config
         num_heads, num_kv_heads, num_tokens = config.num_heads, config.num_kv_heads, len(x)
         (k_cache, v_cache), stop = layer_cache, start + num_tokens
-        qkv = ops.linear(x, layer.qkv_proj).view(num_tokens, -1, config.head_dim)
-        ops.rope(qkv[:, : num_heads + num_kv_heads], cos, sin)
-        k_cache[:, start:stop] = qkv[:, num_heads : num_heads + num_kv_heads].transpose(0, 1)
-        v_cache[:, start:stop] = qkv[:, num_heads + num_kv_heads :].transpose(0, 1)
-        q, k, v = qkv[:, :num_heads], k_cache[:, :stop], v_cache[:, :stop]
+        qkv = ops.linear(x, layer.qkv_proj)
+        q = ops.rope_and_store(qkv, cos, sin, k_cache, v_cache, start, num_heads, num_kv_heads)
+        k, v = k_cache[:, :stop], v_cache[:, :stop]
         if len(rows) == 1 and rows[0] == num_tokens - 1:
             return ops.decode_attention(q[-1:], k, v)
         if len(rows) < num_tokens:
@@ -202,13 +200,18 @@ def _wanted_rows(wanted: Sequence[int] | Tensor | None, num_tokens: int) -> Sequ
     return range(num_tokens) if len(rows) == num_tokens else rows
 
 
-def _load_layer(loader: Loader, index: int) -> _Layer:
+def _load_layer(config: TextConfig, loader: Loader, index: int) -> _Layer:
     prefix = f"language_model.layers.{index}"
     return _Layer(
         input_layernorm=loader.tensor(f"{prefix}.input_layernorm.weight"),
-        qkv_proj=loader.linear(f"{prefix}.qkv_proj", bias=True),
+        qkv_proj=loader.ops.pack_qkv(
+            loader.tensor(f"{prefix}.qkv_proj.weight"),
+            loader.tensor(f"{prefix}.qkv_proj.bias"),
+            config.num_heads,
+            config.num_kv_heads,
+        ),
         o_proj=loader.linear(f"{prefix}.o_proj", bias=False),
         post_attention_layernorm=loader.tensor(f"{prefix}.post_attention_layernorm.weight"),
-        gate_up_proj=loader.linear(f"{prefix}.gate_up_proj", bias=False),
+        gate_up_proj=loader.ops.pack_gate_up(loader.tensor(f"{prefix}.gate_up_proj.weight")),
         down_proj=loader.linear(f"{prefix}.down_proj", bias=False),
     )

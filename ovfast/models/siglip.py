@@ -1,4 +1,4 @@
-"""The SigLIP vision tower: uint8 views to features, without its last norm and without a head."""
+"""The SigLIP vision tower: pixels to features, without its last norm and without a head."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from ovfast.config import VisionConfig
+from ovfast.cuda_graphs import GraphCache
 from ovfast.models.parameters import Loader
 from ovfast.ops import Ops, PackedLinear
-from ovfast.reference import patch_offset
+from ovfast.pixels import Pixels
+from ovfast.reference_pixels import patch_offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,68 +33,88 @@ class _Layer:
 class SiglipTower:
     """Encodes views; a view's bits do not depend on the views beside it."""
 
-    def __init__(self, config: VisionConfig, loader: Loader) -> None:
+    def __init__(
+        self, config: VisionConfig, loader: Loader, graphs: GraphCache | None = None
+    ) -> None:
         """Takes the tower's parameters.
 
         Args:
             config: of the tower.
             loader: gives the tensors `vision_tower.*`.
+            graphs: replays the layers; None runs them one launch at a time.
         """
         self.config = config
         self._ops: Ops = loader.ops
         self._dtype, self._device = loader.dtype, loader.device
-        # 0.7 M parameters; float32 because Σ w·u and Σ w cancel for gray patches.
+        self._graphs = graphs
         prefix, wide = "vision_tower.patch_embedding", torch.float32
-        self._patch_weight = loader.tensor(f"{prefix}.weight", wide)
+        weight = loader.tensor(f"{prefix}.weight")
         bias = loader.tensor(f"{prefix}.bias", wide)
         position_embedding = loader.tensor("vision_tower.position_embedding", wide)
-        self._patch_offset = patch_offset(self._patch_weight, bias, position_embedding)
+        self._patch_offset = patch_offset(weight, bias, position_embedding)
+        self._patch_weight = loader.ops.pack_patch(weight)
         self._layers = [_load_layer(loader, index) for index in range(config.num_layers)]
 
-    def embed(self, view: Tensor) -> Tensor:
-        """Patch and position embedding of one view.
+    def embed(self, pixels: Pixels) -> Tensor:
+        """Patch and position embeddings: (num_views · tokens_per_view, hidden_size)."""
+        return self._ops.patch_embed(
+            pixels.buffer,
+            pixels.windows,
+            self._patch_weight,
+            self._patch_offset,
+            self.config.image_size,
+            self._dtype,
+        )
+
+    def encode(self, pixels: Pixels, poll: Callable[[], None] | None = None) -> Tensor:
+        """Encodes views, as many at once as the back end likes.
 
         Args:
-            view: (image_size, image_size, 3) uint8 on the model's device.
+            pixels: the views, on the model's device.
+            poll: called before each group of views; may raise to give up.
 
         Returns:
-            (tokens_per_view, hidden_size).
+            (num_views · tokens_per_view, hidden_size): the residual stream after the last layer.
         """
-        return self._ops.patch_embed(view, self._patch_weight, self._patch_offset, self._dtype)
-
-    def encode(self, views: Tensor, poll: Callable[[], None] | None = None) -> Tensor:
-        """Encodes views, one at a time.
-
-        Args:
-            views: (num_views, image_size, image_size, 3) uint8, on any device.
-            poll: called before each view; may raise to give up.
-
-        Returns:
-            (num_views, tokens_per_view, hidden_size): the residual stream after the last layer.
-        """
-        config = self.config
-        shape = (len(views), config.tokens_per_view, config.hidden_size)
+        groups = list(pixels.groups(self._ops.views_a_step))
+        if len(groups) == 1 and poll is None:
+            return self._encode_group(groups[0])
+        tokens = self.config.tokens_per_view
+        shape = (pixels.num_views * tokens, self.config.hidden_size)
         features = torch.empty(shape, dtype=self._dtype, device=self._device)
-        for index, view in enumerate(views.to(self._device)):
+        row = 0
+        for group in groups:
             if poll is not None:
                 poll()
-            hidden_states = self.embed(view)
-            for layer in self._layers:
-                self._run_layer(layer, hidden_states)
-            features[index] = hidden_states
+            end = row + group.num_views * tokens
+            features[row:end] = self._encode_group(group)
+            row = end
         return features
+
+    def _encode_group(self, pixels: Pixels) -> Tensor:
+        hidden_states = self.embed(pixels)
+        if self._graphs is not None:
+            self._graphs.run(pixels.num_views, self._run_layers, hidden_states)
+        else:
+            self._run_layers(hidden_states)
+        return hidden_states
+
+    def _run_layers(self, hidden_states: Tensor) -> None:
+        """Overwrites (num_views · tokens_per_view, hidden_size) with what the last layer makes."""
+        for layer in self._layers:
+            self._run_layer(layer, hidden_states)
 
     def _run_layer(self, layer: _Layer, hidden_states: Tensor) -> None:
         ops, config = self._ops, self.config
         norm = layer.layer_norm1
         x = ops.layer_norm(hidden_states, norm.weight, norm.bias, config.layer_norm_eps)
-        qkv = ops.linear(x, layer.qkv_proj).view(-1, 3, config.num_heads, config.head_dim)
-        attended = ops.attention(qkv[:, 0], qkv[:, 1], qkv[:, 2])
-        hidden_states += ops.linear(attended, layer.out_proj)
+        qkv = ops.fused_linear(x, layer.qkv_proj)
+        attended = ops.view_attention(qkv, config.num_heads, config.tokens_per_view)
+        ops.fused_linear(attended, layer.out_proj, residual=hidden_states)
         norm = layer.layer_norm2
         x = ops.layer_norm(hidden_states, norm.weight, norm.bias, config.layer_norm_eps)
-        x = ops.gelu(ops.linear(x, layer.fc1), approximate="tanh")
-        hidden_states += ops.linear(x, layer.fc2)
+        x = ops.fused_linear(x, layer.fc1, activation="gelu_tanh")
+        ops.fused_linear(x, layer.fc2, residual=hidden_states)
 
 
 def _load_layer(loader: Loader, index: int) -> _Layer:

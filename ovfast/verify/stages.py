@@ -61,18 +61,19 @@ def run_engine(engine: Engine, inputs: ModelInputs) -> Stages:
         Stages without token_logits.
     """
     model = engine._model
-    inputs_embeds = model.embed_text(inputs)
+    inputs_embeds = model.new_inputs_embeds(inputs)
     features: dict[str, list[Tensor]] = {"image": [], "video": []}
-    rows = [inputs_embeds[:0]]
-    first = 0
-    for span in inputs.spans:  # in the order of the plans, as the views are
-        plan = inputs.plans[span.plan_index]
-        views = torch.from_numpy(inputs.views[first : first + plan.num_views])
-        first += plan.num_views
-        encoded = model.vision_tower.encode(views)
-        rows.append(inputs_embeds[span.start : span.end])
-        model.multi_modal_projector.project_and_pack(encoded, plan.table, rows[-1])
-        features[span.kind].append(encoded.cpu())
+    for part in model.parts(inputs):
+        encoded = model.encode(inputs, part, inputs_embeds)
+        if encoded is None:
+            continue
+        views = encoded.cpu().view(-1, model.config.vision.tokens_per_view, encoded.shape[1])
+        first = 0
+        for span in part.spans:
+            last = first + inputs.plans[span.plan_index].num_views
+            features[inputs.spans[span.plan_index].kind].append(views[first:last])
+            first = last
+    rows = [inputs_embeds[:0], *(inputs_embeds[span.start : span.end] for span in inputs.spans)]
     parts = features["image"] + features["video"]
     cache = model.new_cache(num_slots=1, max_positions=inputs.num_tokens)
     every = range(inputs.num_tokens)
@@ -90,7 +91,7 @@ def keep_head(engine: Engine) -> Head:
     """Closes an engine and returns its head; all other weights but the embedding are freed."""
     language_model, device = engine._model.language_model, engine.device
     engine.close()
-    language_model._layers.clear()
+    language_model.layers.clear()
     return lambda hidden: language_model.logits(hidden.to(device)).cpu()
 
 

@@ -6,6 +6,7 @@ import torch
 from tests.support import hf, runtime
 from tests.support.checkpoints import POST_LAYERNORM, CheckpointSpec
 from tests.support.requests import Image, Text, Video, make_request
+from tests.support.runtime import embed, encode
 
 PATCH_BOUND = 1e-5  # absolute, on values of the order of 1
 # Float32 rounding relative to the largest magnitude; tower and rows run through all layers.
@@ -38,7 +39,7 @@ def test_patch_embedding(path):
     request = make_request([Image(150, 160)], ours.config)
     with torch.no_grad():
         expected = theirs.model.vision_tower.embeddings(hf.normalise(request.views))
-    embedded = torch.stack([ours.vision_tower.embed(view) for view in torch.tensor(request.views)])
+    embedded = embed(ours, request.views)
     assert float((embedded - expected).abs().max()) <= PATCH_BOUND
 
 
@@ -50,14 +51,14 @@ def test_patch_embedding_of_constant_views(path):
     views = views.expand(4, side, side, 3).contiguous()
     with torch.no_grad():
         expected = theirs.model.vision_tower.embeddings(hf.normalise(views.numpy()))
-    embedded = torch.stack([ours.vision_tower.embed(view) for view in views])
+    embedded = embed(ours, views.numpy())
     assert float((embedded - expected).abs().max()) <= PATCH_BOUND
 
 
 def test_tower(path):
     ours, theirs = runtime.load_model(path), hf.load_model(path)
     request = make_request([Image(150, 160)], ours.config)
-    features = ours.vision_tower.encode(torch.tensor(request.views))
+    features = encode(ours, request.views)
     assert_close(features, hf.tower_features(theirs, hf.normalise(request.views)), TOWER_BOUND)
 
 
@@ -68,7 +69,7 @@ def test_post_layernorm_is_not_applied(tiny_checkpoint):
     assert float(tower.post_layernorm.weight.detach()[0]) == POST_LAYERNORM["weight"]
     ours = runtime.load_model(tiny_checkpoint)
     request = make_request([Image(84, 84)], ours.config)
-    features = ours.vision_tower.encode(torch.tensor(request.views))
+    features = encode(ours, request.views)
     with torch.no_grad():
         normed = tower.post_layernorm(features)
     assert float((normed - features).abs().max()) > 10

@@ -7,6 +7,7 @@ from ovfast.errors import CapacityError
 from tests.support import runtime
 from tests.support.checkpoints import CheckpointSpec
 from tests.support.requests import Image, Text, make_request
+from tests.support.runtime import encode
 
 NUM_TOKENS = 300  # more than one block of the explicit mask
 # Attention over a prefix sums in another order than in one go; float32 rounding.
@@ -22,7 +23,7 @@ def model(random_checkpoint):
 @pytest.fixture(scope="module")
 def embeds(model):
     request = make_request([Text(NUM_TOKENS)], model.config)
-    return model.embed_text(request)
+    return model.build_inputs_embeds(request)
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_several_continuations_of_one_prefix(model, embeds, cache, logits):
 def test_decoding_equals_prefill(model, cache, logits):
     request = make_request([Text(NUM_TOKENS)], model.config)
     slot = cache.allocate()
-    model.language_model.prefill(model.embed_text(request)[:290], cache, slot)
+    model.language_model.prefill(model.build_inputs_embeds(request)[:290], cache, slot)
     for position in range(290, NUM_TOKENS):
         out = model.decode(int(request.input_ids[position]), cache, slot)
         torch.testing.assert_close(out, logits[position], **CLOSE)
@@ -139,6 +140,5 @@ def test_no_room(model, embeds):
 
 def test_views_do_not_depend_on_the_views_beside_them(model):
     request = make_request([Image(150, 160)], model.config)
-    views = torch.from_numpy(request.views)
-    features = model.vision_tower.encode(views)
-    assert torch.equal(model.vision_tower.encode(views[2:3])[0], features[2])
+    features = encode(model, request.views)
+    assert torch.equal(encode(model, request.views[2:3])[0], features[2])

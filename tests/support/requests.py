@@ -46,6 +46,7 @@ class Request:
     plans: tuple[VisualPlan, ...]
     views: NDArray[np.uint8]
     images: tuple[NDArray[np.uint8], ...]
+    media: tuple[NDArray[np.uint8], ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -65,7 +66,7 @@ def make_request(parts: list[Text | Image | Video], config: ModelConfig, seed: i
     geometry, options = geometry_of(config), VisualOptions()
     num_images = sum(isinstance(part, Image) for part in parts)
     ids: list[int] = []
-    spans, plans, views, images = [], [], [], []
+    spans, plans, views, images, media = [], [], [], [], []
     for part in parts:
         if isinstance(part, Text):
             ids += rng.integers(0, NUM_TEXT_IDS, part.num_tokens).tolist()
@@ -73,13 +74,15 @@ def make_request(parts: list[Text | Image | Video], config: ModelConfig, seed: i
         if isinstance(part, Image):
             size_hw = (part.height, part.width)
             plan = plan_image(size_hw, geometry, options, num_images=num_images)
-            images.append(_pixels(rng, (*size_hw, 3)))
-            views.append(build_views(images[-1], plan))
+            media.append(_pixels(rng, (*size_hw, 3)))
+            images.append(media[-1])
+            views.append(build_views(media[-1], plan))
             placeholder = config.image_token_id
         else:
             size_hw = (part.height, part.width)
             plan = plan_video(part.num_frames, size_hw, geometry, options)
-            views.append(build_video_views(_pixels(rng, (part.num_frames, *size_hw, 3)), plan))
+            media.append(_pixels(rng, (part.num_frames, *size_hw, 3)))
+            views.append(build_video_views(media[-1], plan))
             placeholder = config.video_token_id
         spans.append(Span(len(ids), len(ids) + plan.num_tokens, len(plans)))
         plans.append(plan)
@@ -91,6 +94,7 @@ def make_request(parts: list[Text | Image | Video], config: ModelConfig, seed: i
         plans=tuple(plans),
         views=np.concatenate(views) if views else np.empty((0, side, side, 3), np.uint8),
         images=tuple(images),
+        media=tuple(media),
     )
 
 

@@ -3,12 +3,15 @@
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ovfast.checkpoint import CheckpointWeights
 from ovfast.config import ModelConfig
 from ovfast.models.llava_onevision import LlavaOnevision
 from ovfast.ops import make_ops
+from ovfast.pixels import view_pixels
 from tests.support.requests import Request
 
 ROOM = 64  # tokens of cache beyond the prompt
@@ -26,6 +29,18 @@ def load_model(
     model = LlavaOnevision(config, weights, make_ops(where, backend), dtype, where)
     weights.finish()
     return model
+
+
+def embed(model: LlavaOnevision, views: NDArray[np.uint8]) -> torch.Tensor:
+    """Patch embeddings of views: (num_views, tokens_per_view, hidden_size)."""
+    rows = model.vision_tower.embed(view_pixels(views, model.device))
+    return rows.unflatten(0, (len(views), -1))
+
+
+def encode(model: LlavaOnevision, views: NDArray[np.uint8]) -> torch.Tensor:
+    """The tower's features of views: (num_views, tokens_per_view, hidden_size)."""
+    rows = model.vision_tower.encode(view_pixels(views, model.device))
+    return rows.unflatten(0, (len(views), -1))
 
 
 def all_logits(model: LlavaOnevision, request: Request) -> torch.Tensor:

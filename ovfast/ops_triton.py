@@ -1,0 +1,232 @@
+"""The Triton back end of `ops`: kernels under the names and signatures of the operations.
+
+Imports Triton, so `ops` imports this module only when it is asked for.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ovfast import reference
+from ovfast.decode_kernels import DecodeKernels
+from ovfast.errors import BackendError
+from ovfast.kernels import (
+    attention,
+    causal_attention,
+    decode_attention,
+    decode_head,
+    decode_mlp,
+    decode_out,
+    decode_qkv,
+    fused_linear,
+    layer_norm,
+    patch_embed,
+    place,
+    prefill_rope,
+    resize,
+    rms_norm,
+    silu_mul,
+)
+from ovfast.reference import PackedLinear, RowTable
+
+# Views a tower encodes at once: 64 need 0.4 GB for their widest activations in 16 bits.
+VIEWS_A_STEP = 64
+# Device → fastest attention of a prefill, as `make gpu` found it; no device has been measured yet.
+PREFILL_ATTENTION: dict[str, str] = {}
+
+
+def triton_fields(
+    device: torch.device, wanted_attention: str, *, interpreting: bool
+) -> dict[str, Any]:
+    """What the Triton back end puts into an `Ops`.
+
+    Args:
+        device: of the model.
+        wanted_attention: of a prefill: "auto", "sdpa", "triton" or "flash".
+        interpreting: whether kernels run in Triton's interpreter.
+
+    Returns:
+        Fields of `Ops` by name.
+
+    Raises:
+        BackendError: flash-attn is asked for and not installed.
+    """
+    has_device = torch.cuda.is_available() and not interpreting
+    name = wanted_attention
+    if name == "auto":
+        measured = torch.cuda.get_device_name(device) if has_device else ""
+        name = PREFILL_ATTENTION.get(measured, "sdpa")
+    # Programmatic dependent launch is Hopper's and later.
+    pdl = has_device and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {
+        "pack_patch": patch_embed.pack_patch_weight,
+        "pack_qkv": _pack_qkv,
+        "pack_gate_up": _pack_gate_up,
+        "fused_linear": _fused_linear,
+        "layer_norm": layer_norm.layer_norm,
+        "rms_norm": rms_norm.rms_norm,
+        "silu_mul": silu_mul.silu_mul_pairs,
+        "rope_and_store": _rope_and_store,
+        "resample": resize.resample,
+        "patch_embed": _patch_embed,
+        "view_attention": _view_attention,
+        "causal_attention": _causal_attention(name),
+        "project_and_pack": _project_and_pack,
+        "reads_pictures": True,
+        "views_a_step": VIEWS_A_STEP,
+        "decode": _decode_kernels(pdl=pdl),
+    }
+
+
+def _pack_qkv(weight: Tensor, bias: Tensor, num_heads: int, num_kv_heads: int) -> PackedLinear:
+    head_dim = weight.shape[0] // (num_heads + 2 * num_kv_heads)
+    rows = decode_qkv.pack_qkv_rows(num_heads, num_kv_heads, head_dim).to(weight.device)
+    return PackedLinear(weight.index_select(0, rows), bias.index_select(0, rows))
+
+
+def _pack_gate_up(weight: Tensor) -> PackedLinear:
+    rows = decode_mlp.pack_gate_up_rows(weight.shape[0] // 2).to(weight.device)
+    return PackedLinear(weight.index_select(0, rows), None)
+
+
+def _fused_linear(
+    x: Tensor,
+    packed: PackedLinear,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    function: Any = fused_linear.fused_linear
+    out: Tensor = function(
+        x, packed.weight, packed.bias, activation=activation, residual=residual, out=residual
+    )
+    return out
+
+
+def _patch_embed(
+    pixels: Tensor,
+    windows: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    image_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    shape = (len(windows) * len(offset), offset.shape[1])
+    return patch_embed.patch_embed(
+        pixels,
+        windows,
+        weight,
+        offset,
+        torch.empty(shape, dtype=dtype, device=pixels.device),
+        patch_size=weight.shape[1],
+        image_size=image_size,
+    )
+
+
+def _view_attention(qkv: Tensor, num_heads: int, tokens_per_view: int) -> Tensor:
+    if not attention.supports(qkv.shape[1] // (3 * num_heads)):
+        return reference.view_attention(qkv, num_heads, tokens_per_view)
+    return attention.attention(qkv, num_heads=num_heads, tokens_per_view=tokens_per_view)
+
+
+def _project_and_pack(
+    features: Tensor,
+    table: RowTable,
+    linear_1: PackedLinear,
+    linear_2: PackedLinear,
+    newline: Tensor,
+    token_ids: Tensor,
+    embed_tokens: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """fc1 and GELU on the rows in use; then pooling, which commutes with fc2, before fc2."""
+    assert linear_1.bias is not None
+    assert linear_2.bias is not None
+    hidden = fused_linear.fused_linear(
+        features,
+        linear_1.weight,
+        linear_1.bias,
+        activation="gelu_erf",
+        rows=table.source_rows,
+    )
+    return place.project_and_place(
+        hidden,
+        table.index,
+        table.weight,
+        linear_2.weight,
+        linear_2.bias,
+        newline,
+        token_ids,
+        embed_tokens,
+        out,
+        has_pooled=table.has_pooled,
+    )
+
+
+def _rope_and_store(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: int,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    return prefill_rope.rope_and_store(
+        qkv, cos, sin, k_cache, v_cache, start, num_heads=num_heads, num_kv_heads=num_kv_heads
+    )
+
+
+def _causal_attention(name: str) -> Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]:
+    """Attention of a prefill. Only torch's upper-left mask keeps SDPA from continuing a prefix."""
+    if name == "flash" and importlib.util.find_spec("flash_attn") is None:
+        raise BackendError(
+            "attention='flash' needs the package flash-attn, which is not installed. Install"
+            " ovfast[flash], or use attention='auto'."
+        )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, positions: Sequence[int]) -> Tensor:
+        num_keys = k.shape[1]
+        is_suffix = isinstance(positions, range) and positions.stop == num_keys
+        if name == "flash" and is_suffix:
+            return _flash_attention(q, k, v)
+        own = is_suffix and causal_attention.supports(q.shape[-1])
+        if own and (name == "triton" or positions != range(num_keys)):
+            return causal_attention.causal_attention(q, k, v, num_keys - len(q)).flatten(1)
+        return reference.causal_attention(q, k, v, positions)
+
+    return attend
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """flash-attn aligns its causal mask to the lower right, so it continues a prefix as it is."""
+    flash: Any = importlib.import_module("flash_attn")
+    keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    out: Tensor = flash.flash_attn_func(q[None], keys, values, causal=True)
+    return out[0].flatten(1)
+
+
+def _decode_kernels(*, pdl: bool) -> DecodeKernels:
+    return DecodeKernels(
+        split=decode_attention.SPLIT,
+        supports=lambda head_dim: (
+            decode_attention.supports(head_dim) and decode_out.supports(head_dim)
+        ),
+        out_splits=decode_out.out_splits,
+        down_splits=decode_mlp.down_splits,
+        head_blocks=decode_head.head_blocks,
+        embed_rows=partial(decode_head.embed_rows, pdl=pdl),
+        decode_qkv=partial(decode_qkv.decode_qkv, pdl=pdl),
+        decode_attention=partial(decode_attention.decode_attention, pdl=pdl),
+        decode_out=partial(decode_out.decode_out, pdl=pdl),
+        decode_gate_up=partial(decode_mlp.decode_gate_up, pdl=pdl),
+        decode_down=partial(decode_mlp.decode_down, pdl=pdl),
+        decode_head=partial(decode_head.decode_head, pdl=pdl),
+        pick_greedy=partial(decode_head.pick_greedy, pdl=pdl),
+    )

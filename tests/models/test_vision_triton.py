@@ -1,0 +1,180 @@
+"""Pictures to rows of the language model's input by the Triton kernels, against plain torch.
+
+In the interpreter on a tiny tower; on a device also at the real sizes, in bfloat16, with graphs.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ovfast.cuda_graphs import CudaCapture, GraphCache
+from ovfast.pixels import view_pixels
+from tests.support import runtime
+from tests.support.accuracy import assert_two_times_rule
+from tests.support.checkpoints import CheckpointSpec
+from tests.support.devices import kernel_params, requires_cuda
+from tests.support.requests import Image, Text, Video, make_request
+
+pytest.importorskip("triton", reason="needs triton")
+
+# 16 tokens a view, an MLP of odd blocks; canvases up to 2 × 2, as the interpreter is slow.
+TINY = CheckpointSpec(
+    image_size=56, vision_mlp=200, vision_layers=1, hidden=64, heads=2, grid=(2, 2), anyres_max=1
+)
+REAL = CheckpointSpec(
+    vision_hidden=1152, vision_mlp=4304, vision_heads=16, image_size=384, hidden=896, heads=14,
+    head_dim=64, dtype=torch.bfloat16,
+)  # fmt: skip
+# Every kind of row: kept, shrunk and pooled tokens, newlines, text at both ends and between.
+REQUESTS = {
+    "text": [Text(5)],
+    "kept_image": [Text(3), Image(50, 100), Text(2)],
+    "shrunk_image": [Image(110, 110)],
+    "two_images": [Image(50, 90), Text(2), Image(56, 56), Text(1)],
+    "mixed": [Text(2), Video(2), Text(1), Image(8, 110)],
+}
+FLOAT32_BOUND = 1e-5  # of the largest magnitude: rounding of two layers, as in test_parity_stages
+
+
+def params():
+    """As `kernel_params`; one dtype of the interpreter in the quick suite."""
+    return [
+        pytest.param(*p.values, id=p.id, marks=[*p.marks, pytest.mark.slow])
+        if p.id == "cpu-f16"
+        else p
+        for p in kernel_params()
+    ]
+
+
+def load(path, device, dtype, backend="triton"):
+    return runtime.load_model(path, dtype=dtype, device=device, backend=backend)
+
+
+def assert_as_exact(out, same_dtype, truth):
+    """float32 within its rounding; 16 bits by the rule of kernels, over the whole of the stage."""
+    assert out.shape == same_dtype.shape == truth.shape
+    if out.dtype == torch.float32:
+        assert float((out - truth).abs().max()) <= FLOAT32_BOUND * float(truth.abs().max())
+    else:
+        assert_two_times_rule(out, same_dtype, truth.double())
+
+
+def assert_same(out, expected):
+    """Bit for bit on a device.
+
+    The interpreter's products are those of a BLAS, whose order of sums depends on where a row
+    stands in a tile: there a neighbour that leaks is what can be seen.
+    """
+    if out.device.type == "cuda":
+        assert torch.equal(out, expected)
+    else:
+        bound = 4 * torch.finfo(out.dtype).eps * float(expected.abs().max())
+        assert float((out.float() - expected.float()).abs().max()) <= bound
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize(("device", "dtype"), params())
+def test_rows_of_inputs_embeds(random_checkpoint, device, dtype, name):
+    path = random_checkpoint(TINY)
+    ours = load(path, device, dtype)
+    assert ours.vision_tower._ops.where["view_attention"] == "triton"
+    request = make_request(REQUESTS[name], ours.config)
+    rows = ours.build_inputs_embeds(request).cpu()
+    plain = load(path, "cpu", dtype, "reference").build_inputs_embeds(request)
+    exact = load(path, "cpu", torch.float32, "reference").build_inputs_embeds(request)
+    assert_as_exact(rows, plain, exact)
+    if device == "cuda":
+        assert torch.equal(ours.build_inputs_embeds(request).cpu(), rows), "not the same twice"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("device", "dtype"), params())
+def test_a_view_does_not_depend_on_its_neighbours(random_checkpoint, device, dtype):
+    ours = load(random_checkpoint(TINY), device, dtype)
+    views = make_request([Image(50, 100)], ours.config).views
+    together = runtime.encode(ours, views)
+    for index in (0, len(views) - 1):
+        assert_same(runtime.encode(ours, views[index : index + 1])[0], together[index])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("device", "dtype"), params())
+def test_groups_of_views_and_parts_do_not_change_the_result(
+    random_checkpoint, device, dtype, monkeypatch
+):
+    """As when a request has more views than are encoded at once."""
+    ours = load(random_checkpoint(TINY), device, dtype)
+    request = make_request(REQUESTS["two_images"], ours.config)
+    whole = ours.build_inputs_embeds(request)
+    few = dataclasses.replace(ours._ops, views_a_step=1)
+    monkeypatch.setattr(ours, "_ops", few)
+    monkeypatch.setattr(ours.vision_tower, "_ops", few)
+    assert len(ours.parts(request)) == 2
+    assert_same(ours.build_inputs_embeds(request), whole)
+
+
+# 1 and 2: tiles of few views; 5, 7: common pictures; 37: the most.
+@requires_cuda
+@pytest.mark.gpu
+@torch.inference_mode()
+@pytest.mark.parametrize("num_views", [1, 2, 5, 7, 37])
+def test_real_tower(random_checkpoint, num_views):
+    path = random_checkpoint(REAL)
+    views = torch.randint(0, 256, (num_views, 384, 384, 3), dtype=torch.uint8).numpy()
+    features = runtime.encode(load(path, "cuda", torch.bfloat16), views)
+    plain = runtime.encode(load(path, "cuda", torch.bfloat16, "reference"), views)
+    exact = runtime.encode(load(path, "cuda", torch.float32, "reference"), views)
+    error, torch_error = (float((x - exact).square().mean().sqrt()) for x in (features, plain))
+    assert error <= 2 * torch_error
+    for index in {0, num_views - 1}:
+        alone = runtime.encode(load(path, "cuda", torch.bfloat16), views[index : index + 1])
+        assert torch.equal(alone[0], features[index])
+
+
+@requires_cuda
+@pytest.mark.gpu
+@torch.inference_mode()
+@pytest.mark.parametrize("num_views", [1, 3, 7])
+def test_graph_equals_eager(random_checkpoint, num_views, monkeypatch):
+    ours = load(random_checkpoint(REAL), "cuda", torch.bfloat16)
+    tower, device = ours.vision_tower, torch.device("cuda")
+    views = torch.randint(0, 256, (num_views, 384, 384, 3), dtype=torch.uint8).numpy()
+    eager = runtime.encode(ours, views)
+    graphs = GraphCache(CudaCapture(device), 1 << 30)
+    monkeypatch.setattr(tower, "_graphs", graphs)
+    for _ in range(3):
+        assert torch.equal(runtime.encode(ours, views), eager)
+    assert graphs.keys == (num_views,)
+    assert 0 < graphs.nbytes <= 1 << 30
+    graphs.clear()
+
+
+@requires_cuda
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_hundred_pictures_leak_nothing(random_checkpoint):
+    ours = load(random_checkpoint(REAL), "cuda", torch.bfloat16)
+    sizes = [(480, 640), (768, 1024), (300, 900), (1000, 200)]
+
+    def run(count: int) -> int:
+        for index in range(count):
+            request = make_request([Text(4), Image(*sizes[index % 4])], ours.config)
+            ours.build_inputs_embeds(request)
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    before = run(20)
+    assert run(100) <= before
+
+
+@requires_cuda
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_views_built_on_the_host_or_the_device_are_the_same(random_checkpoint):
+    ours = load(random_checkpoint(REAL), "cuda", torch.bfloat16)
+    request = make_request([Image(480, 640)], ours.config)
+    pixels = ours._pixel_loader.load(request.media, request.plans)
+    host = view_pixels(request.views, torch.device("cuda"))
+    assert torch.equal(ours.vision_tower.embed(pixels), ours.vision_tower.embed(host))

@@ -9,13 +9,14 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST_TRITON := build/triton-3.6
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h)
 # The default number of threads of a test; more only fights over a small machine's cores.
 export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all check format aot-table clean
+.PHONY: demo test test-all test-matrix check format aot-table test-oldest-triton gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m ovfast demo --out demo-out
@@ -25,7 +26,20 @@ test: $(VENV)/.installed
 
 # Last, so that pytest's closing line is the last line printed.
 test-all: $(VENV)/.installed
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not matrix" $(PYTEST_ARGS)
+
+# Every specialisation for every target, with both Tritons.
+test-matrix: $(OLDEST_TRITON)/.installed
+	$(BIN)/python -m pytest -q tests/kernels/test_aot.py
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest -q tests/kernels/test_aot.py
+
+# The kernels under the oldest Triton that torch brings along, beside the environment's own.
+test-oldest-triton: $(OLDEST_TRITON)/.installed
+	@PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest -q tests/kernels/test_aot.py -k "sm_90 and bf16"
+
+# Everything that only a CUDA device can tell; rows go to benchmarks/results/.
+gpu: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -38,9 +52,14 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
-# Rewrites the committed resources of the Triton kernels for the installed Triton.
-aot-table: $(VENV)/.installed
+# Rewrites the committed resources of the Triton kernels, for the installed Triton and the oldest.
+aot-table: $(OLDEST_TRITON)/.installed
 	$(BIN)/python -m tests.kernels.update_aot_table
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m tests.kernels.update_aot_table
+
+$(OLDEST_TRITON)/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLDEST_TRITON) "triton==3.6.*"
+	@touch $@
 
 clean:
 	rm -rf build dist demo-out *.egg-info ovfast/_C.*.so .pytest_cache .mypy_cache .ruff_cache

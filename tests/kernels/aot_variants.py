@@ -3,10 +3,43 @@
 import json
 from pathlib import Path
 
-from ovfast.kernels import pool
-from tests.support.aot import Variant
+from tests.kernels import (
+    aot_attention,
+    aot_causal_attention,
+    aot_decode_attention,
+    aot_decode_head,
+    aot_decode_mlp,
+    aot_decode_out,
+    aot_decode_qkv,
+    aot_fused_linear,
+    aot_layer_norm,
+    aot_patch_embed,
+    aot_place,
+    aot_prefill_rope,
+    aot_resize,
+    aot_rms_norm,
+    aot_silu_mul,
+)
 
 TABLE_PATH = Path(__file__).with_name("aot_table.json")
+# Each names the specialisations of one operation.
+MODULES = (
+    aot_attention,
+    aot_causal_attention,
+    aot_decode_attention,
+    aot_decode_head,
+    aot_decode_mlp,
+    aot_decode_out,
+    aot_decode_qkv,
+    aot_fused_linear,
+    aot_layer_norm,
+    aot_patch_embed,
+    aot_place,
+    aot_prefill_rope,
+    aot_resize,
+    aot_rms_norm,
+    aot_silu_mul,
+)
 DEFAULT_SM = 90
 ALL_SM = (80, 90, 100)
 
@@ -19,32 +52,18 @@ def read_table() -> Table:
     return table
 
 
-def _pool_variant(dtype: str, width: int) -> Variant:
-    block_d, num_warps = pool.launch_config(width)
-    aligned = width % 16 == 0
-    return Variant(
-        kernel=pool._pool_and_pack_kernel,
-        name=f"{dtype}-block{block_d}" + ("" if aligned else "-unaligned"),
-        arguments={
-            "features_ptr": f"*{dtype}",
-            "index_ptr": "*i32",
-            "weight_ptr": "*fp32",
-            "newline_ptr": f"*{dtype}",
-            "out_ptr": f"*{dtype}",
-            "D": width,
-            "stride_fm": width,
-            "stride_im": 4,
-            "stride_wm": 4,
-            "stride_om": width,
-        },
-        constexprs={"BLOCK_D": block_d},
-        options={"num_warps": num_warps, "enable_fp_fusion": True},
-        # Four taps and the newline, one load each in half precision and two in float32.
-        min_wide_loads=(10 if dtype == "fp32" else 5) if aligned else 0,
-    )
-
-
-# 896: the block of every real language model; 256: the demo's; 41: no alignment to use.
-VARIANTS = tuple(
-    _pool_variant(dtype, width) for dtype in ("bf16", "fp16", "fp32") for width in (896, 256, 41)
+VARIANTS = tuple(variant for module in MODULES for variant in module.VARIANTS)
+# Mnemonics that the binaries for sm_90 must have besides those of every target.
+SM90_INSTRUCTIONS: dict[tuple[str, str], tuple[str, ...]] = {
+    (variant.kernel_name, variant.name): module.SM90_INSTRUCTIONS[variant.name]
+    for module in MODULES
+    for variant in module.VARIANTS
+    if variant.name in getattr(module, "SM90_INSTRUCTIONS", {})
+}
+# (specialisation, target): programmatic dependent launch is for sm_90 and later alone.
+COMPILES = tuple(
+    (variant, sm)
+    for module in MODULES
+    for variant in module.VARIANTS
+    for sm in getattr(module, "SMS", {}).get(variant.name, ALL_SM)
 )

@@ -10,20 +10,28 @@ pytest.importorskip("triton", reason="needs triton")
 if INTERPRETING:
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-from tests.kernels.aot_variants import ALL_SM, DEFAULT_SM, VARIANTS, read_table
+from tests.kernels.aot_variants import COMPILES, DEFAULT_SM, SM90_INSTRUCTIONS, read_table
 from tests.support.aot import TRITON_MINOR, Variant, compile_variant
 
 # Shared memory that one block may have: 163 KB on sm_80, 227 KB from sm_90 on.
 MAX_SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
 
-SM_PARAMS = [
-    pytest.param(sm, id=f"sm_{sm}", marks=() if sm == DEFAULT_SM else pytest.mark.slow)
-    for sm in ALL_SM
+
+def _marks(variant: Variant, sm: int) -> list[pytest.MarkDecorator]:
+    """One target and dtype in the quick suite, then one of either; the rest takes minutes."""
+    others = (sm != DEFAULT_SM) + (not variant.name.startswith("bf16"))
+    return [[], [pytest.mark.slow], [pytest.mark.slow, pytest.mark.matrix]][others]
+
+
+PARAMS = [
+    pytest.param(
+        variant, sm, id=f"{variant.kernel_name}-{variant.name}-sm_{sm}", marks=_marks(variant, sm)
+    )
+    for variant, sm in COMPILES
 ]
 
 
-@pytest.mark.parametrize("sm", SM_PARAMS)
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.kernel_name}-{v.name}")
+@pytest.mark.parametrize(("variant", "sm"), PARAMS)
 def test_resources(
     variant: Variant, sm: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -33,7 +41,8 @@ def test_resources(
     assert resources.spill_instructions == 0
     assert resources.shared_bytes <= MAX_SHARED_BYTES[sm]
     assert resources.wide_loads >= variant.min_wide_loads
-    for instruction in variant.instructions:
+    own = SM90_INSTRUCTIONS.get((variant.kernel_name, variant.name), ()) if sm == 90 else ()
+    for instruction in (*variant.instructions, *own):
         assert instruction in sass
     versions = read_table()[variant.kernel_name][variant.name][f"sm_{sm}"]
     if TRITON_MINOR in versions:
@@ -41,9 +50,7 @@ def test_resources(
 
 
 def test_table_names_what_is_shipped() -> None:
-    shipped = {
-        (variant.kernel_name, variant.name, f"sm_{sm}") for variant in VARIANTS for sm in ALL_SM
-    }
+    shipped = {(variant.kernel_name, variant.name, f"sm_{sm}") for variant, sm in COMPILES}
     listed = {
         (kernel, name, sm)
         for kernel, names in read_table().items()
@@ -51,4 +58,4 @@ def test_table_names_what_is_shipped() -> None:
         for sm in targets
     }
     assert listed == shipped
-    assert len(shipped) == len(VARIANTS) * len(ALL_SM), "two specialisations share a name"
+    assert len(shipped) == len(COMPILES), "two specialisations share a name"

@@ -76,7 +76,8 @@ def load_images(
     """
     load = partial(load_image, limits=limits, exif=exif)
     threads = min(len(sources), len(os.sched_getaffinity(0)), MAX_DECODE_THREADS)
-    if threads < 2:
+    # An open PIL image is one decoder over one file: two threads must not share it.
+    if threads < 2 or any(isinstance(source, Image.Image) for source in sources):
         return [load(source) for source in sources]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(load, sources))

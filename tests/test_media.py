@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from ovfast.errors import MediaError, OptionError
-from ovfast.media import MediaLimits, choose_frames, load_image, load_video
+from ovfast.media import MediaLimits, choose_frames, load_image, load_images, load_video
 
 RNG = np.random.default_rng(7)
 PICTURE = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -702,3 +702,17 @@ def test_no_file_descriptor_leaks(tmp_path):
     for _ in range(50):
         round_of_loads()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_one_open_picture_several_times(kind):
+    """Its decoder is one: threads that share it read garbage."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)).save(
+        buffer, kind
+    )
+    expected = load_image(buffer.getvalue())
+    for _ in range(5):
+        opened = Image.open(io.BytesIO(buffer.getvalue()))
+        for picture in load_images([opened, opened, opened]):
+            assert np.array_equal(picture, expected)

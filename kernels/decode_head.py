@@ -260,6 +260,7 @@ def pick_greedy(
             USE_PDL=pdl,
             num_warps=num_warps,
             launch_pdl=pdl,
+            enable_fp_fusion=True,  # said aloud, since the default changes between releases
         )
 
 
@@ -297,4 +298,5 @@ def embed_rows(
             USE_PDL=pdl,
             num_warps=4,
             launch_pdl=pdl,
+            enable_fp_fusion=True,  # said aloud, since the default changes between releases
         )

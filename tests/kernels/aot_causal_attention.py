@@ -44,8 +44,8 @@ VARIANTS = (
     _causal_attention_variant("bf16", 28, 4, 128, min_wide_loads=8),
     _causal_attention_variant("bf16", 64, 8, 128, min_wide_loads=8),
     _causal_attention_variant("fp16", 28, 4, 128, min_wide_loads=8),
-    _causal_attention_variant("fp32", 14, 2, 64, min_wide_loads=2),
-    _causal_attention_variant("fp32", 28, 4, 128, min_wide_loads=4),
+    _causal_attention_variant("fp32", 14, 2, 64, min_wide_loads=1),
+    _causal_attention_variant("fp32", 28, 4, 128, min_wide_loads=2),
 )
 
 SM90_INSTRUCTIONS: dict[str, tuple[str, ...]] = {

@@ -53,7 +53,7 @@ def _pick_variant(size: str, *, pdl: bool = False) -> Variant:
             "HIGHEST_ID": decode_head._HIGHEST_ID,
             "USE_PDL": pdl,
         },
-        options={"num_warps": num_warps, "launch_pdl": pdl},
+        options={"num_warps": num_warps, "launch_pdl": pdl, "enable_fp_fusion": True},
     )
 
 
@@ -69,7 +69,7 @@ def _embed_variant(dtype: str, size: str, *, pdl: bool = False) -> Variant:
             "stride_tm": hidden_size,
         },
         constexprs={"H": hidden_size, "BLOCK_H": decode_head._EMBED_BLOCK, "USE_PDL": pdl},
-        options={"num_warps": 4, "launch_pdl": pdl},
+        options={"num_warps": 4, "launch_pdl": pdl, "enable_fp_fusion": True},
         min_wide_loads=1,
     )
 

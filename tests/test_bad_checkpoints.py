@@ -54,7 +54,7 @@ BAD_LOADS: dict[str, tuple[type[OVFastError], Any, dict[str, Any], str]] = {
         {"quantization": "int3"},
         r"quantization='int3'.*Use None",
     ),
-    "attention": (ovfast.BackendError, None, {"attention": "fa9"}, r"attention='fa9'.*'sdpa'"),
+    "attention": (ovfast.OptionError, None, {"attention": "fa9"}, r"attention='fa9'.*'sdpa'"),
 }
 
 

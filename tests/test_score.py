@@ -94,7 +94,8 @@ def from_forward(engine: Engine, inputs: Any, score: ScoreOutput, ids: list[int]
     rows = range(len(ids) - 1, len(whole.input_ids) - 1)
     logprobs = engine.forward(whole, positions=rows).log_softmax(1)
     expected = logprobs[torch.arange(len(score.token_ids)), torch.tensor(score.token_ids)]
-    np.testing.assert_allclose(score.token_logprobs, expected.numpy(), atol=1e-5)
+    # Another number of rows is another order of sums: a few float32 spacings of the largest logit.
+    np.testing.assert_allclose(score.token_logprobs, expected.numpy(), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", REQUESTS)

@@ -47,6 +47,7 @@ from tests.support.requests import Request, Span
 
 CUDA = torch.device("cuda")
 DTYPE = torch.bfloat16
+TESTS_TIMEOUT_S = 240
 VIEWS = (1, 2, 5, 7, 10, 16, 37)
 PICTURES_HW = ((384, 384), (480, 640), (768, 1024), (1080, 1920))
 NUM_FRAMES, FRAME_HW = 32, (360, 640)
@@ -126,7 +127,10 @@ def _race_tower(bench: Bench, theirs: Any, num_views: int) -> None:
     def upstream() -> Any:
         return theirs(normalised, output_hidden_states=True)
 
-    samples = race({"ovfast": replayed, "eager": eager, "transformers": upstream})
+    try:
+        samples = race({"ovfast": replayed, "eager": eager, "transformers": upstream})
+    finally:
+        ours._graphs = graphs
     flop = tower_flop(bench.model.config, num_views)
     bench.records.race("tower", f"{num_views} views", samples, bench.ceilings, flop=flop)
 
@@ -289,7 +293,13 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
 
 def run_tests(records: Records) -> None:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x", "--no-header"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=TESTS_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        records.write("tests", error=f"not done in {TESTS_TIMEOUT_S} s")
+        return
     records.write("tests", rc=done.returncode, tail=done.stdout.strip().splitlines()[-12:])
 
 

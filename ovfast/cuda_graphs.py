@@ -93,8 +93,8 @@ class GraphCache:
             return None
         try:
             graph = self._capture(body, tensor)
-        except torch.OutOfMemoryError:
-            logger.warning("no memory left to capture %r; it runs without a graph", key)
+        except RuntimeError as error:  # memory, or whatever else a capture does not allow
+            logger.warning("capturing %r failed (%s); it runs without a graph", key, error)
             self._refused.add(key)
             return None
         if graph.nbytes > self._max_bytes:
@@ -125,7 +125,8 @@ class CudaCapture:
     """Records bodies as CUDA graphs that share one memory pool.
 
     They may share it because only one runs at a time and none keeps anything there between runs:
-    input and output live in a buffer of the graph's own.
+    input and output live in a buffer of the graph's own. A graph's bytes are its buffer and what
+    the pool grew by; the pool's memory comes free with the last graph.
 
     Args:
         device: of the tensors.
@@ -134,20 +135,34 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None  # torch names the handle's type privately
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, body: Body, tensor: Tensor | None) -> Captured:
         with torch.cuda.device(self._device):
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            free_before, _ = torch.cuda.mem_get_info(self._device)
+                # torch's own is of the device that captured first in the process.
+                self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             buffer = None if tensor is None else torch.zeros_like(tensor)
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: other threads of the process may allocate on the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                call(body, buffer)
+            # Capturing empties torch's cache, which would hide what the graph takes.
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+            free_before, _ = torch.cuda.mem_get_info(self._device)
+            graph, outer = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+            try:
+                # thread_local: other threads of the process may allocate on the device meanwhile.
+                with torch.cuda.graph(
+                    graph,
+                    pool=self._pool,
+                    stream=self._stream,
+                    capture_error_mode="thread_local",
+                ):
+                    call(body, buffer)
+            finally:
+                torch.cuda.set_stream(outer)  # a capture that fails leaves its own
             free_after, _ = torch.cuda.mem_get_info(self._device)
         held = 0 if buffer is None else buffer.nbytes
-        return _CudaGraph(graph, buffer, max(held, free_before - free_after))
+        return _CudaGraph(graph, buffer, held + max(0, free_before - free_after))
 
 
 class _CudaGraph:

@@ -121,16 +121,17 @@ class RowState:
             max_new_tokens: tokens to generate at most.
             seen: (vocab_size,) bool, or None without a repetition penalty.
         """
-        self.slots[row] = slot
-        self.positions[row] = position
-        self.counts[row] = 0
-        self.max_new_tokens[row] = max_new_tokens
+        # Filled: assigning a number to one element would wait for the device.
+        self.slots[row : row + 1].fill_(slot)
+        self.positions[row : row + 1].fill_(position)
+        self.counts[row : row + 1].fill_(0)
+        self.max_new_tokens[row : row + 1].fill_(max_new_tokens)
         self.logits[row] = logits
         self.params.set_row(row, params, seed, stop_ids, seen)
 
     def release(self, row: int) -> None:
         """Empties a row; steps given to the device after this call do nothing for it."""
-        self.slots[row] = NO_SLOT
+        self.slots[row : row + 1].fill_(NO_SLOT)
 
     def choose(self, first: int, last: int, kind: SamplerKind, num_top: int | None) -> None:
         """Samples rows first…last from their logits, reports and advances them.

@@ -17,6 +17,8 @@ __all__ = ["ERROR_TOKEN", "RowParams", "SamplerKind", "philox_uniform_rows", "sa
 
 ERROR_TOKEN = -2  # in place of a token: logits that are not finite, or nothing left to choose from
 _MIN_TEMPERATURE = 1e-30
+_MAX_FLOAT32 = torch.finfo(torch.float32).max
+_MAX_INT = 2**62
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -119,14 +121,16 @@ class RowParams:
             seen: (vocab_size,) bool, or None without a repetition penalty.
         """
         vocab_size = self.seen.shape[1]
-        self.temperature[row] = params.temperature
-        self.top_p[row] = params.top_p
-        self.min_p[row] = params.min_p
-        self.penalty[row] = params.repetition_penalty
-        self.top_k[row] = min(params.top_k or vocab_size, vocab_size)
-        self.min_new_tokens[row] = params.min_new_tokens
-        self.seed[row, 0], self.seed[row, 1] = seed & _MASK32, seed >> 32 & _MASK32
-        self.is_stop[row] = False
+        # Filled: assigning a number to one element would wait for the device.
+        self.temperature[row : row + 1].fill_(min(params.temperature, _MAX_FLOAT32))
+        self.top_p[row : row + 1].fill_(params.top_p)
+        self.min_p[row : row + 1].fill_(params.min_p)
+        self.penalty[row : row + 1].fill_(min(params.repetition_penalty, _MAX_FLOAT32))
+        self.top_k[row : row + 1].fill_(min(params.top_k or vocab_size, vocab_size))
+        self.min_new_tokens[row : row + 1].fill_(min(params.min_new_tokens, _MAX_INT))
+        self.seed[row, :1].fill_(seed & _MASK32)
+        self.seed[row, 1:].fill_(seed >> 32 & _MASK32)
+        self.is_stop[row].fill_(False)
         self.is_stop[row].index_fill_(0, stop_ids, True)
         if seen is not None:
             self.seen[row] = seen

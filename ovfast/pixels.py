@@ -7,7 +7,7 @@ the same bytes. Which one runs is the back end's choice, `Ops.reads_pictures`.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class PixelLoader:
     def __init__(self, ops: Ops, device: torch.device) -> None:
         self._ops, self._device = ops, device
         self._staging = Staging(device)
-        self._table = lru_cache(maxsize=TABLES_KEPT)(self._device_table)
+        self._table = lru_cache(maxsize=TABLES_KEPT)(partial(_device_table, device))
 
     def load(self, media: Sequence[UInt8Array], plans: Sequence[VisualPlan]) -> Pixels:
         """The views of some plans, in their order.
@@ -115,12 +115,13 @@ class PixelLoader:
                 source, first, coefficients, axis, target, offset=offset_hw[axis], fill=plan.fill
             )
 
-    def _device_table(self, size_in: int, size_out: int) -> tuple[Tensor, Tensor]:
-        table = resize_table(size_in, size_out)
-        return (
-            torch.from_numpy(table.first).to(self._device),
-            torch.from_numpy(table.coefficients).to(self._device),
-        )
+
+def _device_table(device: torch.device, size_in: int, size_out: int) -> tuple[Tensor, Tensor]:
+    table = resize_table(size_in, size_out)
+    return (
+        torch.from_numpy(table.first).to(device),
+        torch.from_numpy(table.coefficients).to(device),
+    )
 
 
 def _pictures_of(plan: VisualPlan) -> int:

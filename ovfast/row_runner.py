@@ -113,6 +113,7 @@ class RowRunner:
         state.num_prompt = self._cache.lengths[slot]
         entry = _Row(row, slot, state, state.num_prompt)
         stop_ids = torch.tensor(sorted(state.stop_ids), dtype=torch.int64).to(self._device)
+        group.rows[row] = entry  # first: whatever fails below, `cancel` finds the row
         group.state.admit(
             row,
             slot,
@@ -125,7 +126,6 @@ class RowRunner:
             seen=state.seen,
         )
         state.logits = None
-        group.rows[row] = entry
         # The first token comes from the prompt's logits: sampled now, without decoding.
         kind, num_top = SamplerKind.of(state.params), state.params.logprobs
         step = _Step([entry], num_top)
@@ -162,11 +162,17 @@ class RowRunner:
                     group.state.release(entry.row)
                     entry.is_over = True
                     group.rows[entry.row] = None
+            for step in group.steps:  # also of one whose row is free already
+                for entry in step.rows:
+                    if entry.slot == slot:
+                        entry.is_over, entry.ended_by = True, None
+                if step.results:
+                    step.results = [result for result in step.results if result.slot != slot]
         self._results = [result for result in self._results if result.slot != slot]
 
     def _free_row(self, state: SlotState) -> tuple[_Group, int]:
         """A row for a request, in the first group that has one and can report what it wants."""
-        num_top = state.params.logprobs or 0
+        num_top = min(state.params.logprobs or 0, len(self._forbidden))
         for group in self._groups:
             if None in group.rows and num_top <= group.state.output.top_ids.shape[1]:
                 return group, group.rows.index(None)
@@ -217,8 +223,8 @@ class RowRunner:
             for entry in step.rows:
                 if not entry.is_over:
                     error = BackendError(
-                        "an interrupt (Ctrl-C) cut a step of this request in two; its text cannot"
-                        " be continued. Repeat the request."
+                        "an interrupt (Ctrl-C) or an error of a neighbour cut a step of this"
+                        " request in two; its text cannot be continued. Repeat the request."
                     )
                     self._results.append(self._end(group, entry, -1, None, None, error))
 
@@ -261,9 +267,10 @@ class RowRunner:
         finished: str | None,
         error: Exception | None,
     ) -> StepResult:
-        group.state.release(entry.row)
+        if group.rows[entry.row] is entry:
+            group.state.release(entry.row)
+            group.rows[entry.row] = None
         entry.is_over = entry.state.is_over = True
-        group.rows[entry.row] = None
         return StepResult(entry.slot, token, logprob, finished, error)  # type: ignore[arg-type]
 
 

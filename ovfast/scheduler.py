@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from ovfast.clock import mark
+from ovfast.clock import Mark, mark
 from ovfast.errors import BackendError, CapacityError
 from ovfast.kv_cache import KVCache
 from ovfast.model_inputs import ModelInputs
@@ -187,12 +187,20 @@ class Scheduler:
         started = mark(device)
         embeds = self.embed(request.inputs)
         embedded = mark(device)
-        self.step(lambda loaded: self._prefill(loaded, request, slot, embeds))
-        request.stages = (started, embedded, mark(device))
+        self.step(lambda loaded: self._prefill(loaded, request, slot, embeds, started, embedded))
         return True
 
-    def _prefill(self, loaded: Loaded, request: Request, slot: int, embeds: torch.Tensor) -> None:
+    def _prefill(
+        self,
+        loaded: Loaded,
+        request: Request,
+        slot: int,
+        embeds: torch.Tensor,
+        started: Mark,
+        embedded: Mark,
+    ) -> None:
         logits = loaded.model.language_model.prefill(embeds, loaded.cache, slot)[0]
+        request.stages = (started, embedded, mark(loaded.model.device))
         loaded.runner.admit(slot, request.slot_state(logits))
         self._requests[slot] = request
 

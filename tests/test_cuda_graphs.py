@@ -96,7 +96,7 @@ def test_without_memory_it_runs_eagerly(device, caplog):
     device.run(cache, 3)
     device.full = True
     assert device.run(cache, 3) == ["body"]
-    assert "runs without a graph" in caplog.text
+    assert "it runs without a graph" in caplog.text
     device.full = False
     assert device.run(cache, 3) == ["body"], "asked once"
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from ovfast import BackendError, Engine
+from ovfast import BackendError, CapacityError, Engine
 from ovfast.row_runner import AHEAD
 from tests.support.engines import REQUESTS, open_engine
 from tests.support.row_decoder import open_rows, use_rows
@@ -195,3 +195,37 @@ def test_graphs_are_kept_by_shape(tiny_checkpoint):
         assert len(keys) == 1
         engine.generate("Go.", ignore_eos=True, max_new_tokens=6, temperature=1.0)
         assert len(runner._graphs.keys) == 2
+
+
+def test_numbers_beyond_float32_and_int64(plain: Engine, rows: Engine):
+    for options in ({"temperature": 1e39, "seed": 3}, {"repetition_penalty": 1e39}):
+        ask = {"ignore_eos": True, "max_new_tokens": 4, **options}
+        got, expected = rows.generate("Go.", **ask), plain.generate("Go.", **ask)
+        assert len(got.token_ids) == 4
+        assert got.token_ids == expected.token_ids or "repetition_penalty" in options
+    assert rows._scheduler.loaded().runner._groups[0].active() == []
+
+
+def test_more_alternatives_than_ids_need_no_new_group(tiny_checkpoint):
+    with open_rows(tiny_checkpoint) as engine:
+        for _ in range(3):
+            out = engine.generate("Go.", max_new_tokens=2, ignore_eos=True, logprobs=5000)
+            assert len(out.logprobs[0].top) == engine._vocab_size
+        assert len(engine._scheduler.loaded().runner._groups) == 1
+
+
+def test_an_admission_that_fails_leaves_no_row(tiny_checkpoint, monkeypatch):
+    with open_rows(tiny_checkpoint) as engine:
+        engine.generate("Go.", max_new_tokens=2, ignore_eos=True)
+        group = engine._scheduler.loaded().runner._groups[0]
+
+        def fail(*args: object) -> None:
+            raise torch.OutOfMemoryError("none left")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(group.state), "choose", fail)
+            with pytest.raises(CapacityError):
+                engine.generate("Go.", max_new_tokens=2)
+        assert group.active() == []
+        assert bool((group.state.slots < 0).all())
+        assert len(engine.generate("Go.", max_new_tokens=3, ignore_eos=True).token_ids) == 3

@@ -1,6 +1,6 @@
 """The projector: features of pictures and videos to rows of the language model's input."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ class Projector:
 
     def __init__(self, loader: Loader) -> None:
         """Takes `multi_modal_projector.*` and `image_newline`."""
-        self._ops, self._device = loader.ops, loader.device
+        self._ops = loader.ops
         self._linear_1 = loader.linear("multi_modal_projector.linear_1", bias=True)
         self._linear_2 = loader.linear("multi_modal_projector.linear_2", bias=True)
         self.image_newline = loader.tensor("image_newline")
-        self._device_table = lru_cache(maxsize=TABLES_KEPT)(self._copy_table)
+        self._device_table = lru_cache(maxsize=TABLES_KEPT)(partial(_copy_table, loader.device))
 
     def project(self, features: Tensor) -> Tensor:
         """Projects rows without packing them, for stage comparisons.
@@ -68,9 +68,11 @@ class Projector:
             out,
         )
 
-    def _copy_table(self, table: HostRowTable) -> RowTable:
-        def copy(array: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(array).to(self._device)
 
-        arrays = (copy(table.source_rows), copy(table.index), copy(table.weight))
-        return RowTable(*arrays, has_pooled=table.has_pooled)
+# Not a method: a cache of one would keep the weights alive after `close`.
+def _copy_table(device: torch.device, table: HostRowTable) -> RowTable:
+    def copy(array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    arrays = (copy(table.source_rows), copy(table.index), copy(table.weight))
+    return RowTable(*arrays, has_pooled=table.has_pooled)

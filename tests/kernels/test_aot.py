@@ -10,17 +10,24 @@ pytest.importorskip("triton", reason="needs triton")
 if INTERPRETING:
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-from tests.kernels.aot_variants import COMPILES, DEFAULT_SM, SM90_INSTRUCTIONS, read_table
+from tests.kernels.aot_variants import COMPILES, DEFAULT_SM, MODULES, SM90_INSTRUCTIONS, read_table
 from tests.support.aot import TRITON_MINOR, Variant, compile_variant
 
 # Shared memory that one block may have: 163 KB on sm_80, 227 KB from sm_90 on.
 MAX_SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
 
 
+# One specialisation of each operation, for one target, in the quick suite.
+QUICK = [module.VARIANTS[0] for module in MODULES]
+
+
 def _marks(variant: Variant, sm: int) -> list[pytest.MarkDecorator]:
-    """One target and dtype in the quick suite, then one of either; the rest takes minutes."""
+    """The rest takes minutes: CI runs what differs in the target or the dtype, not in both."""
     others = (sm != DEFAULT_SM) + (not variant.name.startswith("bf16"))
-    return [[], [pytest.mark.slow], [pytest.mark.slow, pytest.mark.matrix]][others]
+    if others == 2:
+        return [pytest.mark.slow, pytest.mark.matrix]
+    is_quick = sm == DEFAULT_SM and any(variant is quick for quick in QUICK)
+    return [] if is_quick else [pytest.mark.slow]
 
 
 PARAMS = [

@@ -11,7 +11,7 @@ from ovfast.decode_rows import RowState
 from ovfast.models.qwen2_rows import Qwen2Rows
 from tests.support import runtime
 from tests.support.checkpoints import CheckpointSpec
-from tests.support.devices import kernel_params, requires_cuda
+from tests.support.devices import quick_first, quick_kernel_params, requires_cuda
 from tests.support.engines import REQUESTS, open_engine
 from tests.support.interpreter import INTERPRETING
 from tests.support.requests import Image, Text, make_request
@@ -33,19 +33,9 @@ REAL = CheckpointSpec(
 BOUND = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}  # of the largest logit
 
 
-def params():
-    """As `kernel_params`; one dtype of the interpreter in the quick suite."""
-    return [
-        pytest.param(*p.values, id=p.id, marks=[*p.marks, pytest.mark.slow])
-        if p.id == "cpu-f16"
-        else p
-        for p in kernel_params()
-    ]
-
-
 @torch.inference_mode()
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize(("device", "dtype"), params())
+@pytest.mark.parametrize("spec", quick_first("7_to_1", SPECS))
+@pytest.mark.parametrize(("device", "dtype"), quick_kernel_params())
 def test_prefill_and_steps(random_checkpoint, device, dtype, spec):
     """Logits of prompts, of one in two chunks, and of three steps of two rows."""
     path = random_checkpoint(SPECS[spec])

@@ -13,7 +13,7 @@ from ovfast.pixels import view_pixels
 from tests.support import runtime
 from tests.support.accuracy import assert_two_times_rule
 from tests.support.checkpoints import CheckpointSpec
-from tests.support.devices import kernel_params, requires_cuda
+from tests.support.devices import quick_first, quick_kernel_params, requires_cuda
 from tests.support.requests import Image, Text, Video, make_request
 
 pytest.importorskip("triton", reason="needs triton")
@@ -35,16 +35,6 @@ REQUESTS = {
     "mixed": [Text(2), Video(2), Text(1), Image(8, 110)],
 }
 FLOAT32_BOUND = 1e-5  # of the largest magnitude: rounding of two layers, as in test_parity_stages
-
-
-def params():
-    """As `kernel_params`; one dtype of the interpreter in the quick suite."""
-    return [
-        pytest.param(*p.values, id=p.id, marks=[*p.marks, pytest.mark.slow])
-        if p.id == "cpu-f16"
-        else p
-        for p in kernel_params()
-    ]
 
 
 def load(path, device, dtype, backend="triton"):
@@ -74,8 +64,8 @@ def assert_same(out, expected):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", REQUESTS)
-@pytest.mark.parametrize(("device", "dtype"), params())
+@pytest.mark.parametrize("name", quick_first("mixed", REQUESTS))
+@pytest.mark.parametrize(("device", "dtype"), quick_kernel_params())
 def test_rows_of_inputs_embeds(random_checkpoint, device, dtype, name):
     path = random_checkpoint(TINY)
     ours = load(path, device, dtype)
@@ -90,7 +80,7 @@ def test_rows_of_inputs_embeds(random_checkpoint, device, dtype, name):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("device", "dtype"), params())
+@pytest.mark.parametrize(("device", "dtype"), quick_kernel_params())
 def test_a_view_does_not_depend_on_its_neighbours(random_checkpoint, device, dtype):
     ours = load(random_checkpoint(TINY), device, dtype)
     views = make_request([Image(50, 100)], ours.config).views
@@ -100,7 +90,7 @@ def test_a_view_does_not_depend_on_its_neighbours(random_checkpoint, device, dty
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("device", "dtype"), params())
+@pytest.mark.parametrize(("device", "dtype"), quick_kernel_params())
 def test_groups_of_views_and_parts_do_not_change_the_result(
     random_checkpoint, device, dtype, monkeypatch
 ):

@@ -1,5 +1,7 @@
 """Where a kernel test runs: parameters for the interpreter on the CPU and for a CUDA device."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 
@@ -26,3 +28,19 @@ def kernel_params() -> list[object]:
         )
     ]
     return cpu if INTERPRETING else [*cpu, *cuda]
+
+
+def quick_kernel_params() -> list[object]:
+    """As `kernel_params`, one dtype of the interpreter in the quick suite: for whole models."""
+    return [
+        pytest.param(*param.values, id=param.id, marks=[*param.marks, pytest.mark.slow])
+        if param.id == "cpu-f16"
+        else param
+        for param in kernel_params()
+    ]
+
+
+def quick_first(quick: str, names: Iterable[str]) -> list[object]:
+    """Parameters of which one is in the quick suite; a device has time for all."""
+    slow = () if torch.cuda.is_available() else (pytest.mark.slow,)
+    return [pytest.param(name, marks=() if name == quick else slow) for name in names]

@@ -1,8 +1,9 @@
 """Runs tests marked `interpreter` under Triton's CPU interpreter, from a plain `pytest`.
 
 TRITON_INTERPRET must be set before Triton is imported, so those tests need a process of their own.
-The first of a file starts one child pytest for all selected ones of that file; each test then
-reports what the child found. In a process that interprets already they run in place.
+One child pytest runs all selected ones of a file; the children run one after another beside the
+other tests, and each test reports what its child found. In a process that interprets already they
+run in place.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,20 +34,28 @@ class _ParentPlugin:
     """Replaces the call of each `interpreter` test by what the child of its file found."""
 
     def __init__(self) -> None:
-        self._results: dict[str, tuple[str, str]] = {}
+        self._children = ThreadPoolExecutor(1)
+        self._results: dict[Path, Future[dict[str, tuple[str, str]]]] = {}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        if session.config.option.collectonly:
+            return
+        node_ids: dict[Path, list[str]] = {}
+        for item in session.items:
+            if item.get_closest_marker("interpreter") is not None:
+                node_ids.setdefault(item.path, []).append(item.nodeid)
+        for path, of_file in node_ids.items():
+            root = session.config.rootpath
+            self._results[path] = self._children.submit(_run_child, of_file, root)
+
+    def pytest_sessionfinish(self) -> None:
+        self._children.shutdown(cancel_futures=True)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool | None:
         if pyfuncitem.get_closest_marker("interpreter") is None:
             return None
-        if pyfuncitem.nodeid not in self._results:
-            node_ids = [
-                item.nodeid
-                for item in pyfuncitem.session.items
-                if item.path == pyfuncitem.path and item.get_closest_marker("interpreter")
-            ]
-            self._results |= _run_child(node_ids, pyfuncitem.config.rootpath)
-        outcome, text = self._results[pyfuncitem.nodeid]
+        outcome, text = self._results[pyfuncitem.path].result()[pyfuncitem.nodeid]
         if outcome == "skipped":
             pytest.skip(text)
         if outcome == "failed":

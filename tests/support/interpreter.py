@@ -37,6 +37,11 @@ class _ParentPlugin:
         self._children = ThreadPoolExecutor(1)
         self._results: dict[Path, Future[dict[str, tuple[str, str]]]] = {}
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Puts them last: until then their children have the time of all other tests."""
+        items.sort(key=lambda item: item.get_closest_marker("interpreter") is not None)
+
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         if session.config.option.collectonly:
             return

@@ -1,0 +1,71 @@
+// What the files bind_*.cpp share: how Python's arrays are checked before a kernel reads them.
+//
+// The only files that include pybind11 are this one and bind_*.cpp, and only they throw.
+
+#ifndef OVFAST_CSRC_BIND_H_
+#define OVFAST_CSRC_BIND_H_
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+#include "thread_pool.h"
+
+namespace ovfast {
+
+namespace py = pybind11;
+
+constexpr py::ssize_t kAny = -1;  // a size that may be anything
+
+std::string ShapeText(const py::array& array);
+
+// `object` as an array of the dtype ("float32", "uint8", "int32", "int64", "uint16"), of as many
+// axes as `shape`, each of the given size or kAny, the axes from `contiguous_from` on without gaps.
+// Raises TypeError or ValueError that names the argument.
+py::array CheckArray(const py::object& object, const std::string& name, const char* dtype,
+                     std::initializer_list<py::ssize_t> shape, py::ssize_t contiguous_from = 0);
+
+// The same, and writable.
+py::array CheckOutput(const py::object& object, const std::string& name, const char* dtype,
+                      std::initializer_list<py::ssize_t> shape, py::ssize_t contiguous_from = 0);
+
+// Raises ValueError where the two share memory.
+void CheckDisjoint(const py::array& a, const std::string& a_name, const py::array& b,
+                   const std::string& b_name);
+
+// Raises ValueError unless least ≤ value ≤ most.
+void CheckRange(std::int64_t value, const std::string& name, std::int64_t least, std::int64_t most);
+
+template <class T>
+const T* Data(const py::array& array) {
+  return static_cast<const T*>(array.data());
+}
+
+template <class T>
+T* MutableData(py::array& array) {
+  return static_cast<T*>(array.mutable_data());
+}
+
+// Elements from an index of the axis to the next.
+template <class T>
+std::ptrdiff_t StrideOf(const py::array& array, py::ssize_t axis) {
+  return array.strides(axis) / static_cast<py::ssize_t>(sizeof(T));
+}
+
+// Runs body(team) on all threads of the pool, without the interpreter's lock.
+template <class Body>
+void RunOn(ThreadPool& pool, const Body& body) {
+  const py::gil_scoped_release release;
+  pool.Run(body);
+}
+
+void BindLinear(py::module_& m);
+void BindPixels(py::module_& m);
+void BindPool(py::module_& m);
+
+}  // namespace ovfast
+
+#endif  // OVFAST_CSRC_BIND_H_

@@ -1,0 +1,50 @@
+// Threads and instruction sets, as Python sees them.
+
+#include <cstring>
+
+#include "bind.h"
+#include "kernel_table.h"
+
+namespace ovfast {
+
+void BindPool(py::module_& m) {
+  py::class_<ThreadPool>(m, "ThreadPool", R"doc(Threads for the native operations.
+
+Args:
+    num_threads: threads of an operation, the caller included, 1 to 1024.
+
+Raises:
+    ValueError: another number of threads.)doc")
+      .def(py::init([](std::int64_t num_threads) {
+             CheckRange(num_threads, "num_threads", 1, 1024);
+             return new ThreadPool(static_cast<int>(num_threads));
+           }),
+           py::arg("num_threads"))
+      .def_property_readonly("num_threads", &ThreadPool::num_threads);
+  m.def(
+      "isa", [] { return Kernels().isa; },
+      "The instruction set in use: 'scalar', 'avx2' or 'avx512'.");
+  m.def(
+      "isas",
+      [] {
+        py::list names;
+        for (const char* const isa : {"scalar", "avx2", "avx512"}) {
+          if (KernelsOf(isa) != nullptr) names.append(isa);
+        }
+        return names;
+      },
+      "The instruction sets that this CPU and this build have.");
+  m.def(
+      "use_isa",
+      [](const std::string& isa) {
+        if (!UseIsa(isa.c_str())) {
+          throw py::value_error("isa is '" + isa + "'; expected one of `isas()`");
+        }
+      },
+      py::arg("isa"), R"doc(Uses another instruction set from now on, for tests.
+
+Raises:
+    ValueError: the CPU or the build lacks it.)doc");
+}
+
+}  // namespace ovfast

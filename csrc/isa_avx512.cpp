@@ -1,0 +1,23 @@
+// The kernels for CPUs with AVX-512 F, BW, DQ, VL and VNNI.
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+#include "kernel_table.h"
+
+#if defined(OVFAST_X86)
+OVFAST_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+namespace ovfast {
+namespace avx512 {
+
+constexpr const char* kIsaName = "avx512";
+
+#include "kernels.inl.h"
+#include "vec_avx512.inl.h"
+
+}  // namespace avx512
+}  // namespace ovfast
+OVFAST_END_TARGET
+#endif

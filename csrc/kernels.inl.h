@@ -1,0 +1,16 @@
+// All kernels of one instruction set, in its namespace; included by isa_*.cpp after its vectors.
+
+const KernelTable kKernels = {
+    /*isa=*/kIsaName,
+    /*linear_float=*/nullptr,
+    /*linear_quantized=*/nullptr,
+    /*layer_norm=*/nullptr,
+    /*rms_norm=*/nullptr,
+    /*rope=*/nullptr,
+    /*view_attention=*/nullptr,
+    /*causal_attention=*/nullptr,
+    /*decode_attention=*/nullptr,
+    /*resample=*/nullptr,
+    /*patch_embed=*/nullptr,
+    /*place=*/nullptr,
+};

@@ -1,0 +1,53 @@
+#include "linear.h"
+
+#include "kernel_table.h"
+
+namespace ovfast {
+namespace {
+
+std::size_t Align(std::size_t num_bytes) {
+  return (num_bytes + kPackedAlignment - 1) / kPackedAlignment * kPackedAlignment;
+}
+
+bool IsQuantized(WeightKind kind) { return kind == WeightKind::kInt8 || kind == WeightKind::kInt4; }
+
+}  // namespace
+
+std::size_t BlockBytes(WeightKind kind, std::int64_t cols) {
+  const std::size_t padded = static_cast<std::size_t>(PaddedCols(cols));
+  const auto scale_bytes = [&](std::int64_t group) {
+    return Align((padded + static_cast<std::size_t>(group) - 1) / static_cast<std::size_t>(group) *
+                 kBlock * 2);
+  };
+  switch (kind) {
+    case WeightKind::kFloat32:
+      return padded * kBlock * 4;
+    case WeightKind::kFloat16:
+    case WeightKind::kBfloat16:
+      return padded * kBlock * 2;
+    case WeightKind::kInt8:
+      return scale_bytes(kInt8Group) + padded * kBlock;
+    case WeightKind::kInt4:
+      return scale_bytes(kInt4Group) + padded * kBlock / 2;
+  }
+  return 0;
+}
+
+std::size_t PackedBytes(WeightKind kind, std::int64_t rows, std::int64_t cols) {
+  return static_cast<std::size_t>(NumBlocks(rows)) * BlockBytes(kind, cols);
+}
+
+void PackTile(WeightKind kind, const float* tile, std::int64_t cols, std::uint8_t* block) {
+  (IsQuantized(kind) ? PackQuantizedTile : PackFloatTile)(kind, tile, cols, block);
+}
+
+void UnpackRow(const PackedMatrix& matrix, std::int64_t row, float* out) {
+  (IsQuantized(matrix.kind) ? UnpackQuantizedRow : UnpackFloatRow)(matrix, row, out);
+}
+
+void RunLinear(Team& team, const LinearArgs& args) {
+  const KernelTable& kernels = Kernels();
+  (IsQuantized(args.matrix.kind) ? kernels.linear_quantized : kernels.linear_float)(team, args);
+}
+
+}  // namespace ovfast

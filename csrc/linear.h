@@ -1,0 +1,81 @@
+// Linear layers: packed weights, and what follows a product in the same pass.
+
+#ifndef OVFAST_CSRC_LINEAR_H_
+#define OVFAST_CSRC_LINEAR_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "thread_pool.h"
+
+namespace ovfast {
+
+enum class WeightKind : std::uint8_t { kFloat32, kFloat16, kBfloat16, kInt8, kInt4 };
+
+constexpr std::int64_t kBlock = 16;  // outputs of a packed block: the lanes of a Vec
+constexpr std::int64_t kPad = 32;    // inputs are padded with zero weights to a multiple
+constexpr std::int64_t kInt8Group =
+    128;  // inputs that share a scale; the last group may be shorter
+constexpr std::int64_t kInt4Group = 32;
+constexpr std::size_t kPackedAlignment = 64;  // bytes; of a matrix and of each block
+
+// The weights of a layer, (rows, cols) in the checkpoint, cut into blocks of 16 rows that follow
+// one another. Inside a block the 16 rows lie side by side, so that a Vec holds 16 outputs; the
+// layouts are those of PackTile. One copy serves one row of x and thousands.
+struct PackedMatrix {
+  const std::uint8_t* data;  // PackedBytes(kind, rows, cols) bytes
+  WeightKind kind;           // storage of the weights
+  std::int64_t rows;         // outputs, ≥ 0; the last block is padded with zero weights
+  std::int64_t cols;         // inputs, ≥ 1
+};
+
+inline std::int64_t PaddedCols(std::int64_t cols) { return (cols + kPad - 1) / kPad * kPad; }
+inline std::int64_t NumBlocks(std::int64_t rows) { return (rows + kBlock - 1) / kBlock; }
+
+// Bytes from a block to the next, a multiple of kPackedAlignment.
+std::size_t BlockBytes(WeightKind kind, std::int64_t cols);
+std::size_t PackedBytes(WeightKind kind, std::int64_t rows, std::int64_t cols);
+
+// Packs one block; `tile` is (16, PaddedCols(cols)) float32, row-major, zero where padded, and
+// every byte of the block is written.
+void PackTile(WeightKind kind, const float* tile, std::int64_t cols, std::uint8_t* block);
+
+// The weights of one row, as the arithmetic sees them: (cols,) float32.
+void UnpackRow(const PackedMatrix& matrix, std::int64_t row, float* out);
+
+// `count` numbers of a float kind to float32, exactly.
+void ConvertToFloat32(WeightKind kind, const void* source, std::int64_t count, float* out);
+
+enum class Activation : std::uint8_t {
+  kNone,
+  kGeluTanh,  // the tower's
+  kGeluErf,   // the projector's
+  kSiluMul,   // silu(gate) · up; blocks of the matrix alternate gate, up
+};
+
+// out = activation(x · matrixᵀ + bias), or out += the same.
+struct LinearArgs {
+  const float* x;           // (num_rows, matrix.cols)
+  std::int64_t x_stride;    // floats from a row of x to the next
+  std::int64_t num_rows;    // ≥ 0
+  PackedMatrix matrix;      // the weights
+  const float* bias;        // (matrix.rows,) in the matrix's own order of rows, or null
+  Activation activation;    // after the bias
+  bool accumulates;         // whether the result is added to `out`
+  float* out;               // (num_rows, out_cols); does not overlap x
+  std::int64_t out_stride;  // floats from a row of out to the next
+  std::int64_t out_cols;    // matrix.rows; for kSiluMul at most half of it, the rest is padding
+};
+
+// Runs a layer by the kernel of the matrix's kind, in a region.
+void RunLinear(Team& team, const LinearArgs& args);
+
+// Of pack_float.cpp and pack_quantized.cpp, by kind: what PackTile and UnpackRow call.
+void PackFloatTile(WeightKind kind, const float* tile, std::int64_t cols, std::uint8_t* block);
+void PackQuantizedTile(WeightKind kind, const float* tile, std::int64_t cols, std::uint8_t* block);
+void UnpackFloatRow(const PackedMatrix& matrix, std::int64_t row, float* out);
+void UnpackQuantizedRow(const PackedMatrix& matrix, std::int64_t row, float* out);
+
+}  // namespace ovfast
+
+#endif  // OVFAST_CSRC_LINEAR_H_

@@ -3,11 +3,12 @@
 // clang-format off: each may use the ones before it.
 #include "vec_math.inl.h"
 #include "epilogue.inl.h"
+#include "linear_float.inl.h"
 // clang-format on
 
 const KernelTable kKernels = {
     /*isa=*/kIsaName,
-    /*linear_float=*/nullptr,
+    /*linear_float=*/LinearFloat,
     /*linear_quantized=*/nullptr,
     /*layer_norm=*/nullptr,
     /*rms_norm=*/nullptr,

@@ -5,10 +5,14 @@
 #include <string>
 
 #include "bind.h"
+#include "kernel_table.h"
 #include "pack_views.h"
+#include "resample.h"
 
 namespace ovfast {
 namespace {
+
+constexpr std::int64_t kMostOffset = std::int64_t{1} << 40;
 
 py::array RequireUint8Array(const py::object& object, const std::string& name, py::ssize_t rank) {
   if (!py::isinstance<py::array>(object)) {
@@ -129,12 +133,72 @@ Raises:
     TypeError: an argument of the wrong type or dtype.
     ValueError: a wrong shape, stride, grid or fill, or a picture that leaves the canvas.)doc";
 
+void ResampleBinding(ThreadPool& pool, const py::object& source_object,
+                     const py::object& first_object, const py::object& coefficients_object,
+                     std::int64_t axis, const py::object& out_object, std::int64_t offset,
+                     std::int64_t fill) {
+  CheckRange(axis, "axis", 0, 1);
+  CheckRange(fill, "fill", 0, 255);
+  CheckRange(offset, "offset", -kMostOffset, kMostOffset);
+  const py::array source = CheckArray(source_object, "source", "uint8", {kAny, kAny, 3}, 1);
+  const py::array first = CheckArray(first_object, "first", "int32", {kAny});
+  const py::array coefficients =
+      CheckArray(coefficients_object, "coefficients", "int32", {first.shape(0), kAny}, 2);
+  py::array out =
+      axis == 0 ? CheckOutput(out_object, "out", "uint8", {first.shape(0), source.shape(1), 3}, 1)
+                : CheckOutput(out_object, "out", "uint8", {source.shape(0), first.shape(0), 3}, 1);
+  if (out.size() == 0) return;
+  if (source.size() == 0) {
+    throw py::value_error("source is empty: its shape is " + ShapeText(source) +
+                          "; every size must be at least 1");
+  }
+  CheckDisjoint(source, "source", out, "out");
+  ResampleArgs args{};
+  args.source = Data<std::uint8_t>(source);
+  args.source_stride = source.strides(0);
+  args.height = source.shape(0);
+  args.width = source.shape(1);
+  args.axis = static_cast<int>(axis);
+  args.first = Data<std::int32_t>(first);
+  args.coefficients = Data<std::int32_t>(coefficients);
+  args.output_stride = StrideOf<std::int32_t>(coefficients, 0);
+  args.tap_stride = StrideOf<std::int32_t>(coefficients, 1);
+  args.size_out = first.shape(0);
+  args.num_taps = coefficients.shape(1);
+  args.offset = offset;
+  args.fill = static_cast<std::uint8_t>(fill);
+  args.out = MutableData<std::uint8_t>(out);
+  args.out_stride = out.strides(0);
+  RunOn(pool, [&](Team& team) { Kernels().resample(team, args); });
+}
+
+constexpr const char* kResampleDoc =
+    R"doc(One pass of Pillow's bicubic resize, in its integers.
+
+Args:
+    pool: threads.
+    source: (height, width, 3) uint8; rows may lie at any stride.
+    first: (size_out,) int32, the first tap of each output on the padded axis.
+    coefficients: (size_out, num_taps) int32 of 22 fractional bits, at any strides.
+    axis: 0 resizes the height, 1 the width.
+    out: uint8, shape of source with size_out on the axis, rows at any stride; every byte is
+        written.
+    offset: where the source begins on the padded axis.
+    fill: value of the padding, 0 to 255.
+
+Raises:
+    TypeError: an argument of the wrong type or dtype.
+    ValueError: a wrong shape, stride, axis, offset or fill, or arrays that share memory.)doc";
+
 }  // namespace
 
 void BindPixels(py::module_& m) {
   m.def("pack_views", &PackViewsBinding, py::arg("resized"), py::arg("offset_top"),
         py::arg("offset_left"), py::arg("grid_rows"), py::arg("grid_cols"), py::arg("fill"),
         py::arg("out"), kPackViewsDoc);
+  m.def("resample", &ResampleBinding, py::arg("pool"), py::arg("source"), py::arg("first"),
+        py::arg("coefficients"), py::arg("axis"), py::arg("out"), py::arg("offset") = 0,
+        py::arg("fill") = 0, kResampleDoc);
 }
 
 }  // namespace ovfast

@@ -1,5 +1,7 @@
 // All kernels of one instruction set, in its namespace; included by isa_*.cpp after its vectors.
 
+#include "resample.inl.h"
+
 const KernelTable kKernels = {
     /*isa=*/kIsaName,
     /*linear_float=*/nullptr,
@@ -10,7 +12,7 @@ const KernelTable kKernels = {
     /*view_attention=*/nullptr,
     /*causal_attention=*/nullptr,
     /*decode_attention=*/nullptr,
-    /*resample=*/nullptr,
+    /*resample=*/Resample,
     /*patch_embed=*/nullptr,
     /*place=*/nullptr,
 };

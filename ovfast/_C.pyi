@@ -59,3 +59,13 @@ def pack_views(
     fill: int,
     out: NDArray[np.uint8],
 ) -> None: ...
+def resample(
+    pool: ThreadPool,
+    source: NDArray[np.uint8],
+    first: NDArray[np.int32],
+    coefficients: NDArray[np.int32],
+    axis: int,
+    out: NDArray[np.uint8],
+    offset: int = 0,
+    fill: int = 0,
+) -> None: ...

@@ -6,6 +6,8 @@
 
 #include "isa.h"
 #include "kernel_table.h"
+#include "patch_embed.h"
+#include "place.h"
 #include "resample.h"
 
 #if defined(OVFAST_X86)

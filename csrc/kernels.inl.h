@@ -1,5 +1,7 @@
 // All kernels of one instruction set, in its namespace; included by isa_*.cpp after its vectors.
 
+#include "patch_embed.inl.h"
+#include "place.inl.h"
 #include "resample.inl.h"
 
 const KernelTable kKernels = {
@@ -13,6 +15,6 @@ const KernelTable kKernels = {
     /*causal_attention=*/nullptr,
     /*decode_attention=*/nullptr,
     /*resample=*/Resample,
-    /*patch_embed=*/nullptr,
-    /*place=*/nullptr,
+    /*patch_embed=*/PatchEmbed,
+    /*place=*/Place,
 };

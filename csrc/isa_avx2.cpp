@@ -7,6 +7,9 @@
 #include "isa.h"
 #include "kernel_table.h"
 #include "linear.h"
+#include "patch_embed.h"
+#include "place.h"
+#include "resample.h"
 
 #if defined(OVFAST_X86)
 OVFAST_BEGIN_TARGET("avx2,fma,f16c")

@@ -1,5 +1,10 @@
 // The kernels for CPUs with AVX-512 F, BW, DQ, VL and VNNI.
 
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the registers that its own intrinsics leave undefined for mistakes (its bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -7,6 +12,9 @@
 #include "isa.h"
 #include "kernel_table.h"
 #include "linear.h"
+#include "patch_embed.h"
+#include "place.h"
+#include "resample.h"
 
 #if defined(OVFAST_X86)
 OVFAST_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")

@@ -5,6 +5,9 @@
 #include "epilogue.inl.h"
 #include "linear_float.inl.h"
 // clang-format on
+#include "patch_embed.inl.h"
+#include "place.inl.h"
+#include "resample.inl.h"
 
 const KernelTable kKernels = {
     /*isa=*/kIsaName,
@@ -16,7 +19,7 @@ const KernelTable kKernels = {
     /*view_attention=*/nullptr,
     /*causal_attention=*/nullptr,
     /*decode_attention=*/nullptr,
-    /*resample=*/nullptr,
-    /*patch_embed=*/nullptr,
-    /*place=*/nullptr,
+    /*resample=*/Resample,
+    /*patch_embed=*/PatchEmbed,
+    /*place=*/Place,
 };

@@ -6,6 +6,7 @@
 
 #include "isa.h"
 #include "kernel_table.h"
+#include "linear.h"
 #include "patch_embed.h"
 #include "place.h"
 #include "resample.h"

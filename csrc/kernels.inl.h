@@ -1,12 +1,17 @@
 // All kernels of one instruction set, in its namespace; included by isa_*.cpp after its vectors.
 
+// clang-format off: each may use the ones before it.
+#include "vec_math.inl.h"
+#include "epilogue.inl.h"
+#include "linear_float.inl.h"
 #include "patch_embed.inl.h"
 #include "place.inl.h"
 #include "resample.inl.h"
+// clang-format on
 
 const KernelTable kKernels = {
     /*isa=*/kIsaName,
-    /*linear_float=*/nullptr,
+    /*linear_float=*/LinearFloat,
     /*linear_quantized=*/nullptr,
     /*layer_norm=*/nullptr,
     /*rms_norm=*/nullptr,

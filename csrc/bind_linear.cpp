@@ -253,6 +253,10 @@ Raises:
                              })
       .def_property_readonly("rows", [](const PackedWeights& self) { return self.matrix.rows; })
       .def_property_readonly("cols", [](const PackedWeights& self) { return self.matrix.cols; })
+      .def_property_readonly("shape",
+                             [](const PackedWeights& self) {
+                               return py::make_tuple(self.matrix.rows, self.matrix.cols);
+                             })
       .def_property_readonly("nbytes", &PackedWeights::num_bytes)
       .def("bytes", &BytesOf, "The packed bytes, (nbytes,) uint8, read-only and without a copy.");
   m.def("pack", &Pack, py::arg("pool"), py::arg("kind"), py::arg("sources"),

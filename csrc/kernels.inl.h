@@ -4,10 +4,10 @@
 #include "vec_math.inl.h"
 #include "epilogue.inl.h"
 #include "linear_float.inl.h"
+// clang-format on
 #include "patch_embed.inl.h"
 #include "place.inl.h"
 #include "resample.inl.h"
-// clang-format on
 
 const KernelTable kKernels = {
     /*isa=*/kIsaName,

@@ -20,11 +20,12 @@ LAYERS = (
         "staging",
         "cuda_graphs",
         "clock",
+        "cpu_threads",
     ),
     ("config_visual", "video_file", "anyres"),
     ("config", "cpu_linear"),
     ("reference", "reference_pixels", "decode_kernels"),
-    ("ops_triton",),
+    ("ops_native", "ops_triton"),
     ("ops",),
     ("image", "media", "sampling", "kv_cache", "quantize", "roofline"),
     ("outputs", "tensor_names", "explain_draw", "chat", "pixels", "device_sampling"),
@@ -32,6 +33,7 @@ LAYERS = (
     ("weight_files", "chat_template", "text_tokenizer", "model_inputs"),
     ("models",),
     ("checkpoint", "processor", "runner"),
+    ("native_runner",),
     ("row_runner",),
     ("options", "request"),  # from here on what engine is made of
     ("scheduler",),
@@ -50,7 +52,7 @@ RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 # Who may import what beyond the order of the layers.
 ONLY_IMPORTERS = {
     "kernels": {"kernels", "ops_triton"},
-    "_C": {"ops"},
+    "_C": {"ops_native"},
     "triton": {"kernels", "ops"},
     "transformers": {"integrations", "verify"},
 }

@@ -26,6 +26,7 @@ from ovfast.packed_weights import PackedCheckpoint, is_packed
 from ovfast.processor import Processor
 from ovfast.storage import DTYPES, QUANTIZATIONS, bytes_per_param, dtype_name, wanted_storage
 
+MOST_THREADS = 1024  # of a native pool
 QUANTIZE_HINT = "quantization='int8' or 'int4' (native back end)"
 
 logger = logging.getLogger(__name__)
@@ -219,6 +220,8 @@ def _check_counts(**counts: int | None) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise OptionError(f"{name}={value!r}; expected an integer of at least 1.")
+        if name == "threads" and value > MOST_THREADS:
+            raise OptionError(f"{name}={value!r}; expected an integer of at most {MOST_THREADS}.")
 
 
 def _make_graphs(

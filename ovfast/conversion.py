@@ -8,6 +8,7 @@ other names first, and the weights get their name last.
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,8 @@ def _write_directory(source: Path, target: Path, write_weights: Callable[[Path],
         weights.replace(target / PACKED_FILE)
     except BaseException as error:
         for name in (PACKED_FILE, *SMALL_FILES):
-            (target / (name + PARTIAL)).unlink(missing_ok=True)
+            with suppress(OSError):
+                (target / (name + PARTIAL)).unlink(missing_ok=True)
         if made and target.is_dir():
             shutil.rmtree(target, ignore_errors=True)
         if isinstance(error, OSError):

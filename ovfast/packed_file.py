@@ -28,7 +28,7 @@ PACKED_FILE = "packed.safetensors"
 FORMAT = "ovfast-packed"
 VERSION = 1  # of the layout of matrices; another one is packed anew
 ALIGNMENT = 64
-HEADER_BYTES_A_TENSOR = 160  # at most, its name aside: dtype, shape, offsets, matrix
+HEADER_BYTES_A_TENSOR = 200  # at most, its name aside: dtype, shape, offsets, matrix
 DTYPES: dict[str, Any] = {"U8": np.uint8, "F32": np.float32}
 
 Array = NDArray[Any]
@@ -58,7 +58,7 @@ class PackedWriter:
 
     def __init__(self, file: Path, storage: str, names: list[str]) -> None:
         self._storage = storage
-        most = 1024 + sum(len(name.encode()) + HEADER_BYTES_A_TENSOR for name in names)
+        most = 1024 + sum(2 * len(name.encode()) + HEADER_BYTES_A_TENSOR for name in names)
         self._data_start = -(-(8 + most) // ALIGNMENT) * ALIGNMENT
         self._header: dict[str, Any] = {}
         self._matrices: dict[str, tuple[str, int, int]] = {}
@@ -96,9 +96,9 @@ class PackedWriter:
             "format": FORMAT,
             "version": str(VERSION),
             "storage": self._storage,
-            "matrices": json.dumps(self._matrices, separators=(",", ":")),
+            "matrices": _json(self._matrices),
         }
-        text = json.dumps({"__metadata__": about} | self._header, separators=(",", ":")).encode()
+        text = _json({"__metadata__": about} | self._header).encode()
         length = self._data_start - 8
         assert len(text) <= length
         self._file.seek(0)
@@ -146,6 +146,9 @@ class PackedFile:
         try:
             self.storage: str = about["storage"]
             shapes = json.loads(about["matrices"])
+            for _, rows, cols in shapes.values():
+                if type(rows) is not int or type(cols) is not int:
+                    raise TypeError(f"{rows!r} × {cols!r} is no size")
             arrays = _map(file)
             self.matrices = MappingProxyType(
                 {
@@ -159,6 +162,10 @@ class PackedFile:
                 " `ovfast convert` writes. Convert the original checkpoint again."
             ) from error
         self.tensors: Mapping[str, Array] = MappingProxyType(arrays)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def is_packed_file(file: Path) -> bool:

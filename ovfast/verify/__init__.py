@@ -64,8 +64,8 @@ def verify(
     path = resolve_checkpoint(model)
     if is_packed(path):
         raise BackendError(
-            f"{path} holds packed weights, which no reference reads. Verify the original checkpoint;"
-            " a packed directory of it gives the same bits."
+            f"{path} holds packed weights, which no reference reads. Verify the original; "
+            "a packed directory of it gives the same bits."
         )
     problem = why_unavailable(ModelConfig.from_checkpoint(path))
     stored = read_stored(path / STORED_FILE) if problem is not None else None

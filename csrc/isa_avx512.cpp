@@ -1,11 +1,20 @@
 // The kernels for CPUs with AVX-512 F, BW, DQ, VL and VNNI.
 
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the registers that its own intrinsics leave undefined for mistakes (its bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
 #include "isa.h"
 #include "kernel_table.h"
+#include "linear.h"
+#include "patch_embed.h"
+#include "place.h"
+#include "resample.h"
 
 #if defined(OVFAST_X86)
 OVFAST_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
@@ -14,8 +23,10 @@ namespace avx512 {
 
 constexpr const char* kIsaName = "avx512";
 
-#include "kernels.inl.h"
+// clang-format off: the vectors come first.
 #include "vec_avx512.inl.h"
+#include "kernels.inl.h"
+// clang-format on
 
 }  // namespace avx512
 }  // namespace ovfast

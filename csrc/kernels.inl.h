@@ -1,8 +1,17 @@
 // All kernels of one instruction set, in its namespace; included by isa_*.cpp after its vectors.
 
+// clang-format off: each may use the ones before it.
+#include "vec_math.inl.h"
+#include "epilogue.inl.h"
+#include "linear_float.inl.h"
+// clang-format on
+#include "patch_embed.inl.h"
+#include "place.inl.h"
+#include "resample.inl.h"
+
 const KernelTable kKernels = {
     /*isa=*/kIsaName,
-    /*linear_float=*/nullptr,
+    /*linear_float=*/LinearFloat,
     /*linear_quantized=*/nullptr,
     /*layer_norm=*/nullptr,
     /*rms_norm=*/nullptr,
@@ -10,7 +19,7 @@ const KernelTable kKernels = {
     /*view_attention=*/nullptr,
     /*causal_attention=*/nullptr,
     /*decode_attention=*/nullptr,
-    /*resample=*/nullptr,
-    /*patch_embed=*/nullptr,
-    /*place=*/nullptr,
+    /*resample=*/Resample,
+    /*patch_embed=*/PatchEmbed,
+    /*place=*/Place,
 };

@@ -1,15 +1,109 @@
-// Packed blocks of float32, float16 and bfloat16 weights.
+// Packed blocks of float32, float16 and bfloat16 weights, and the conversions between the three.
 
 #include <cstring>
 
 #include "linear.h"
 
 namespace ovfast {
+namespace {
 
-void ConvertToFloat32(WeightKind, const void*, std::int64_t, float*) {}
+std::uint32_t BitsOf(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
 
-void PackFloatTile(WeightKind, const float*, std::int64_t, std::uint8_t*) {}
+float OfBits(std::uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
 
-void UnpackFloatRow(const PackedMatrix&, std::int64_t, float*) {}
+// To the nearest, halves to even; beyond the largest number inf; a NaN stays one, made quiet.
+std::uint16_t ToBrain(float x) {
+  const std::uint32_t bits = BitsOf(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>(bits >> 16 | 0x40u);
+  return static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+std::uint16_t ToHalf(float x) {
+  const std::uint32_t bits = BitsOf(x);
+  const std::uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  std::uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u | (magnitude >> 13 & 0x1ffu);
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and more round to 2¹⁶
+    half = 0x7c00u;
+  } else if (magnitude >= 0x38800000u) {
+    half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  } else {  // subnormal: the unit in the last place of 0.5 is 2⁻²⁴, so the sum rounds
+    half = BitsOf(OfBits(magnitude) + 0.5f) - BitsOf(0.5f);
+  }
+  return static_cast<std::uint16_t>(sign | half);
+}
+
+float FromBrain(std::uint16_t bits) { return OfBits(static_cast<std::uint32_t>(bits) << 16); }
+
+float FromHalf(std::uint16_t bits) {
+  const std::uint32_t sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return OfBits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  if (magnitude >= 0x400u) return OfBits(sign | ((magnitude << 13) + 0x38000000u));
+  return OfBits(sign | BitsOf(static_cast<float>(magnitude) * 0x1p-24f));
+}
+
+// Index of a weight in its block.
+std::int64_t IndexOf(WeightKind kind, std::int64_t row, std::int64_t col) {
+  if (kind != WeightKind::kBfloat16) return col * kBlock + row;
+  return col / 2 * 2 * kBlock + 2 * row + col % 2;
+}
+
+}  // namespace
+
+void ConvertToFloat32(WeightKind kind, const void* source, std::int64_t count, float* out) {
+  if (kind == WeightKind::kFloat32) {
+    std::memcpy(out, source, static_cast<std::size_t>(count) * sizeof(float));
+    return;
+  }
+  const std::uint16_t* const from = static_cast<const std::uint16_t*>(source);
+  if (kind == WeightKind::kFloat16) {
+    for (std::int64_t i = 0; i < count; ++i) out[i] = FromHalf(from[i]);
+  } else {
+    for (std::int64_t i = 0; i < count; ++i) out[i] = FromBrain(from[i]);
+  }
+}
+
+void PackFloatTile(WeightKind kind, const float* tile, std::int64_t cols, std::uint8_t* block) {
+  const std::int64_t padded = PaddedCols(cols);
+  float* const floats = reinterpret_cast<float*>(block);
+  std::uint16_t* const halves = reinterpret_cast<std::uint16_t*>(block);
+  for (std::int64_t col = 0; col < padded; ++col) {
+    for (std::int64_t row = 0; row < kBlock; ++row) {
+      const float weight = tile[row * padded + col];
+      const std::int64_t index = IndexOf(kind, row, col);
+      if (kind == WeightKind::kFloat32) {
+        floats[index] = weight;
+      } else {
+        halves[index] = kind == WeightKind::kFloat16 ? ToHalf(weight) : ToBrain(weight);
+      }
+    }
+  }
+}
+
+void UnpackFloatRow(const PackedMatrix& matrix, std::int64_t row, float* out) {
+  const std::size_t block_bytes = BlockBytes(matrix.kind, matrix.cols);
+  const std::uint8_t* const block =
+      matrix.data + static_cast<std::size_t>(row / kBlock) * block_bytes;
+  const float* const floats = reinterpret_cast<const float*>(block);
+  const std::uint16_t* const halves = reinterpret_cast<const std::uint16_t*>(block);
+  for (std::int64_t col = 0; col < matrix.cols; ++col) {
+    const std::int64_t index = IndexOf(matrix.kind, row % kBlock, col);
+    if (matrix.kind == WeightKind::kFloat32) {
+      out[col] = floats[index];
+    } else {
+      out[col] =
+          matrix.kind == WeightKind::kFloat16 ? FromHalf(halves[index]) : FromBrain(halves[index]);
+    }
+  }
+}
 
 }  // namespace ovfast

@@ -114,3 +114,5 @@ OVFAST_INLINE Vec LoadBrain(const std::uint16_t* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)),
           _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
 }
+
+#include "bytes_avx2.inl.h"

@@ -149,3 +149,5 @@ OVFAST_INLINE Vec LoadHalf(const std::uint16_t* p) {
 OVFAST_INLINE Vec LoadBrain(const std::uint16_t* p) {
   return Each([&](int i) { return OfBits(static_cast<std::uint32_t>(p[i]) << 16); });
 }
+
+#include "bytes_scalar.inl.h"

@@ -62,3 +62,32 @@ def pack_views(
     fill: int,
     out: NDArray[np.uint8],
 ) -> None: ...
+def resample(
+    pool: ThreadPool,
+    source: NDArray[np.uint8],
+    first: NDArray[np.int32],
+    coefficients: NDArray[np.int32],
+    axis: int,
+    out: NDArray[np.uint8],
+    offset: int = 0,
+    fill: int = 0,
+) -> None: ...
+def patch_embed(
+    pool: ThreadPool,
+    pixels: NDArray[np.uint8],
+    windows: NDArray[np.int64],
+    weights: PackedWeights,
+    offset: NDArray[np.float32],
+    image_size: int,
+    out: NDArray[np.float32],
+) -> None: ...
+def place(
+    pool: ThreadPool,
+    projected: NDArray[np.float32],
+    index: NDArray[np.int32],
+    weight: NDArray[np.float32],
+    newline: NDArray[np.float32],
+    token_ids: NDArray[np.int32] | None,
+    embedding: PackedWeights | None,
+    out: NDArray[np.float32],
+) -> None: ...

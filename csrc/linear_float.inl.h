@@ -1,0 +1,267 @@
+// Linear layers on weights in float32, float16 or bfloat16; the arithmetic is float32.
+//
+// An output is a sum over panels of kPanel inputs, each summed on its own, from its first input to
+// its last, in one lane. So its bits do not depend on the tile that computes it, and short sums
+// keep the error small.
+//
+// Up to kTileRows rows are bound by memory: the weights stream through registers once. With more, a
+// task takes a chunk of rows and a group of blocks: a panel of a block, expanded to float32, stays
+// in L1 while the tiles of rows pass over it, the chunk's inputs of the panel stay in L2.
+
+constexpr std::int64_t kPanel = 256;         // inputs summed on their own; even
+constexpr std::int64_t kStreamBlocks = 4;    // of a task on few rows; even
+constexpr std::int64_t kMostBlocks = 8;      // of a task on many rows
+constexpr std::int64_t kMostRows = 192;      // of a task on many rows
+constexpr std::int64_t kTasksPerThread = 8;  // wanted, so that no thread waits long for the last
+
+template <WeightKind kKind>
+constexpr std::int64_t kWeightBytes = kKind == WeightKind::kFloat32 ? 4 : 2;
+
+// Weights of two neighbouring inputs in a line of bfloat16: those of the even one are the low
+// halves of the 32-bit lanes.
+OVFAST_INLINE Vec EvenBrain(VecI pairs) { return AsFloat(ShiftLeft<16>(pairs)); }
+OVFAST_INLINE Vec OddBrain(VecI pairs) {
+  return AsFloat(AndI(pairs, SetI(static_cast<std::int32_t>(0xffff0000u))));
+}
+
+// The 16 weights of input k in a block, k counted from where `weights` points to.
+template <WeightKind kKind>
+OVFAST_INLINE Vec WeightsOf(const std::uint8_t* weights, std::int64_t k) {
+  if constexpr (kKind == WeightKind::kFloat32) {
+    return Load(reinterpret_cast<const float*>(weights) + k * kBlock);
+  } else if constexpr (kKind == WeightKind::kFloat16) {
+    return LoadHalf(reinterpret_cast<const std::uint16_t*>(weights) + k * kBlock);
+  } else {
+    const VecI pairs = LoadI(weights + k / 2 * 2 * kBlock * 2);
+    return k % 2 == 0 ? EvenBrain(pairs) : OddBrain(pairs);
+  }
+}
+
+// sums += x[:, k] · weights[:, k].
+template <int kRows, int kBlocks>
+OVFAST_INLINE void AddInput(const float* x, std::int64_t x_stride, const Vec (&weights)[kBlocks],
+                            Vec (&sums)[kRows][kBlocks]) {
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row) {
+    const Vec input = Set(x[row * x_stride]);
+#pragma GCC unroll 4
+    for (int block = 0; block < kBlocks; ++block) {
+      sums[row][block] = Fma(input, weights[block], sums[row][block]);
+    }
+  }
+}
+
+// The sums of a panel of num_k inputs for a tile of rows and blocks become the totals (row-major,
+// 16 columns a block), or are added to them.
+template <WeightKind kKind, int kRows, int kBlocks>
+inline void SumPanel(const float* x, std::int64_t x_stride, const std::uint8_t* const* blocks,
+                     std::int64_t num_k, bool adds, float* totals, std::int64_t totals_stride) {
+  const std::uint8_t* from[kBlocks];
+#pragma GCC unroll 4
+  for (int block = 0; block < kBlocks; ++block) from[block] = blocks[block];
+  Vec sums[kRows][kBlocks];
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+    for (int block = 0; block < kBlocks; ++block) sums[row][block] = Zero();
+  }
+  std::int64_t k = 0;
+  if constexpr (kKind == WeightKind::kBfloat16) {
+    for (; k + 2 <= num_k; k += 2) {
+      VecI pairs[kBlocks];
+      Vec weights[kBlocks];
+#pragma GCC unroll 4
+      for (int block = 0; block < kBlocks; ++block) {
+        pairs[block] = LoadI(from[block] + k * kBlock * 2);
+        weights[block] = EvenBrain(pairs[block]);
+      }
+      AddInput<kRows, kBlocks>(x + k, x_stride, weights, sums);
+#pragma GCC unroll 4
+      for (int block = 0; block < kBlocks; ++block) weights[block] = OddBrain(pairs[block]);
+      AddInput<kRows, kBlocks>(x + k + 1, x_stride, weights, sums);
+    }
+  }
+  for (; k < num_k; ++k) {
+    Vec weights[kBlocks];
+#pragma GCC unroll 4
+    for (int block = 0; block < kBlocks; ++block) {
+      weights[block] = WeightsOf<kKind>(from[block], k);
+    }
+    AddInput<kRows, kBlocks>(x + k, x_stride, weights, sums);
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row) {
+    float* const total = totals + row * totals_stride;
+#pragma GCC unroll 4
+    for (int block = 0; block < kBlocks; ++block) {
+      const Vec sum = sums[row][block];
+      Store(total + block * kBlock, adds ? Add(Load(total + block * kBlock), sum) : sum);
+    }
+  }
+}
+
+// Turns the totals of `num_rows` rows and `num_blocks` blocks into outputs.
+inline void FinishTotals(const LinearArgs& args, std::int64_t first_row, std::int64_t num_rows,
+                         std::int64_t first_block, std::int64_t num_blocks, const float* totals,
+                         std::int64_t totals_stride) {
+  for (std::int64_t row = 0; row < num_rows; ++row) {
+    const float* const total = totals + row * totals_stride;
+    if (args.activation == Activation::kSiluMul) {
+      for (std::int64_t block = 0; block + 1 < num_blocks; block += 2) {
+        FinishPair(args, first_row + row, (first_block + block) / 2, Load(total + block * kBlock),
+                   Load(total + (block + 1) * kBlock));
+      }
+      continue;
+    }
+    for (std::int64_t block = 0; block < num_blocks; ++block) {
+      FinishBlock(args, first_row + row, first_block + block, Load(total + block * kBlock));
+    }
+  }
+}
+
+inline std::int64_t LeastOf(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+// All kRows rows of x for kStreamBlocks blocks. As many blocks side by side as hide the latency of
+// the multiply-adds and fit the registers; where fewer are left, the last one is summed twice.
+template <WeightKind kKind, int kRows>
+inline void StreamBlocks(const LinearArgs& args, std::int64_t first_block) {
+  constexpr int kSide = kRows == 1 ? 4 : kRows <= 3 ? 2 : kTileBlocks;
+  const PackedMatrix& matrix = args.matrix;
+  const std::int64_t block_bytes = PaddedCols(matrix.cols) * kBlock * kWeightBytes<kKind>;
+  const std::int64_t num_blocks = LeastOf(kStreamBlocks, NumBlocks(matrix.rows) - first_block);
+  alignas(64) float totals[kRows * kStreamBlocks * kBlock];
+  for (std::int64_t block = 0; block < num_blocks; block += kSide) {
+    for (std::int64_t k = 0; k < matrix.cols; k += kPanel) {
+      const std::uint8_t* blocks[kSide];
+      for (int i = 0; i < kSide; ++i) {
+        const std::int64_t index = first_block + LeastOf(block + i, num_blocks - 1);
+        blocks[i] = matrix.data + index * block_bytes + k * kBlock * kWeightBytes<kKind>;
+      }
+      SumPanel<kKind, kRows, kSide>(args.x + k, args.x_stride, blocks,
+                                    LeastOf(kPanel, matrix.cols - k), k > 0,
+                                    totals + block * kBlock, kStreamBlocks * kBlock);
+    }
+  }
+  FinishTotals(args, 0, kRows, first_block, num_blocks, totals, kStreamBlocks * kBlock);
+}
+
+template <WeightKind kKind, int kRows>
+inline void StreamRows(Team& team, const LinearArgs& args) {
+  if constexpr (kRows > 1) {
+    if (args.num_rows < kRows) return StreamRows<kKind, kRows - 1>(team, args);
+  }
+  const std::int64_t num_blocks = NumBlocks(args.matrix.rows);
+  team.For((num_blocks + kStreamBlocks - 1) / kStreamBlocks,
+           [&](std::int64_t i) { StreamBlocks<kKind, kRows>(args, i * kStreamBlocks); });
+}
+
+// SumPanel on a panel in float32, for a number of rows known at run time.
+template <int kRows>
+inline void SumTile(std::int64_t num_rows, const float* x, std::int64_t x_stride,
+                    const std::uint8_t* const* blocks, std::int64_t num_k, bool adds, float* totals,
+                    std::int64_t totals_stride) {
+  if constexpr (kRows > 1) {
+    if (num_rows < kRows) {
+      return SumTile<kRows - 1>(num_rows, x, x_stride, blocks, num_k, adds, totals, totals_stride);
+    }
+  }
+  SumPanel<WeightKind::kFloat32, kRows, kTileBlocks>(x, x_stride, blocks, num_k, adds, totals,
+                                                     totals_stride);
+}
+
+// The panel of num_k inputs of a block to float32.
+template <WeightKind kKind>
+inline void ExpandPanel(const std::uint8_t* block, std::int64_t num_k, float* panel) {
+  if constexpr (kKind == WeightKind::kBfloat16) {
+    for (std::int64_t k = 0; k < num_k; k += 2) {  // the block is padded to an even number
+      const VecI pairs = LoadI(block + k * kBlock * 2);
+      Store(panel + k * kBlock, EvenBrain(pairs));
+      Store(panel + (k + 1) * kBlock, OddBrain(pairs));
+    }
+  } else {
+    for (std::int64_t k = 0; k < num_k; ++k) Store(panel + k * kBlock, WeightsOf<kKind>(block, k));
+  }
+}
+
+// A task on many rows.
+struct RowChunk {
+  std::int64_t first_row, num_rows;
+  std::int64_t first_block, num_blocks;
+  float* panels;  // (kTileBlocks, kPanel, 16), scratch
+  float* totals;  // (num_rows, kMostBlocks · 16), scratch
+};
+
+template <WeightKind kKind>
+inline void SumChunk(const LinearArgs& args, const RowChunk& chunk) {
+  const PackedMatrix& matrix = args.matrix;
+  const std::int64_t block_bytes = PaddedCols(matrix.cols) * kBlock * kWeightBytes<kKind>;
+  const std::int64_t num_tiles = (chunk.num_rows + kTileRows - 1) / kTileRows;
+  const std::int64_t totals_stride = kMostBlocks * kBlock;
+  const float* const x = args.x + chunk.first_row * args.x_stride;
+  const std::uint8_t* const weights = matrix.data + chunk.first_block * block_bytes;
+  for (std::int64_t k = 0; k < matrix.cols; k += kPanel) {
+    const std::int64_t num_k = LeastOf(kPanel, matrix.cols - k);
+    for (std::int64_t block = 0; block < chunk.num_blocks; block += kTileBlocks) {
+      const std::uint8_t* blocks[kTileBlocks];
+      for (int i = 0; i < kTileBlocks; ++i) {
+        const std::int64_t index = LeastOf(block + i, chunk.num_blocks - 1);
+        blocks[i] = weights + index * block_bytes + k * kBlock * kWeightBytes<kKind>;
+        if constexpr (kKind != WeightKind::kFloat32) {
+          float* const panel = chunk.panels + i * kPanel * kBlock;
+          ExpandPanel<kKind>(blocks[i], num_k, panel);
+          blocks[i] = reinterpret_cast<const std::uint8_t*>(panel);
+        }
+      }
+      for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
+        // Tiles of even height: a low one costs as much as a high one.
+        const std::int64_t row = tile * chunk.num_rows / num_tiles;
+        const std::int64_t num_rows = (tile + 1) * chunk.num_rows / num_tiles - row;
+        SumTile<kTileRows>(num_rows, x + row * args.x_stride + k, args.x_stride, blocks, num_k,
+                           k > 0, chunk.totals + row * totals_stride + block * kBlock,
+                           totals_stride);
+      }
+    }
+  }
+  FinishTotals(args, chunk.first_row, chunk.num_rows, chunk.first_block, chunk.num_blocks,
+               chunk.totals, totals_stride);
+}
+
+template <WeightKind kKind>
+inline void LinearOfKind(Team& team, const LinearArgs& args) {
+  if (args.num_rows <= kTileRows) return StreamRows<kKind, kTileRows>(team, args);
+  const std::int64_t num_blocks = NumBlocks(args.matrix.rows);
+  const std::int64_t num_chunks = (args.num_rows + kMostRows - 1) / kMostRows;
+  const std::int64_t chunk_tiles =
+      (args.num_rows + num_chunks * kTileRows - 1) / (num_chunks * kTileRows);
+  const std::int64_t chunk_rows = chunk_tiles * kTileRows;
+  std::int64_t group = kMostBlocks;
+  const std::int64_t wanted = kTasksPerThread * team.num_threads();
+  while (group > 2 && num_chunks * num_blocks < wanted * group) group /= 2;
+  const std::int64_t num_groups = (num_blocks + group - 1) / group;
+  const std::int64_t panel_floats = kTileBlocks * kPanel * kBlock;
+  // Chunks of the same weights follow one another: the weights come from the cache.
+  team.For(num_chunks * num_groups, [&](std::int64_t i) {
+    RowChunk chunk;
+    chunk.first_row = i % num_chunks * chunk_rows;
+    chunk.num_rows = LeastOf(chunk_rows, args.num_rows - chunk.first_row);
+    chunk.first_block = i / num_chunks * group;
+    chunk.num_blocks = LeastOf(group, num_blocks - chunk.first_block);
+    const std::int64_t floats = panel_floats + chunk_rows * kMostBlocks * kBlock;
+    chunk.panels =
+        static_cast<float*>(team.Scratch(static_cast<std::size_t>(floats) * sizeof(float)));
+    chunk.totals = chunk.panels + panel_floats;
+    if (chunk.num_rows > 0) SumChunk<kKind>(args, chunk);
+  });
+}
+
+inline void LinearFloat(Team& team, const LinearArgs& args) {
+  if (args.num_rows <= 0) return;
+  switch (args.matrix.kind) {
+    case WeightKind::kFloat32:
+      return LinearOfKind<WeightKind::kFloat32>(team, args);
+    case WeightKind::kFloat16:
+      return LinearOfKind<WeightKind::kFloat16>(team, args);
+    default:
+      return LinearOfKind<WeightKind::kBfloat16>(team, args);
+  }
+}

@@ -6,6 +6,7 @@
 
 #include "isa.h"
 #include "kernel_table.h"
+#include "linear.h"
 
 #if defined(OVFAST_X86)
 OVFAST_BEGIN_TARGET("avx2,fma,f16c")
@@ -14,8 +15,10 @@ namespace avx2 {
 
 constexpr const char* kIsaName = "avx2";
 
-#include "kernels.inl.h"
+// clang-format off: the vectors come first.
 #include "vec_avx2.inl.h"
+#include "kernels.inl.h"
+// clang-format on
 
 }  // namespace avx2
 }  // namespace ovfast

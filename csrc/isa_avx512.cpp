@@ -6,6 +6,7 @@
 
 #include "isa.h"
 #include "kernel_table.h"
+#include "linear.h"
 
 #if defined(OVFAST_X86)
 OVFAST_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
@@ -14,8 +15,10 @@ namespace avx512 {
 
 constexpr const char* kIsaName = "avx512";
 
-#include "kernels.inl.h"
+// clang-format off: the vectors come first.
 #include "vec_avx512.inl.h"
+#include "kernels.inl.h"
+// clang-format on
 
 }  // namespace avx512
 }  // namespace ovfast

@@ -6,14 +6,17 @@
 
 #include "isa.h"
 #include "kernel_table.h"
+#include "linear.h"
 
 namespace ovfast {
 namespace scalar {
 
 constexpr const char* kIsaName = "scalar";
 
-#include "kernels.inl.h"
+// clang-format off: the vectors come first.
 #include "vec_scalar.inl.h"
+#include "kernels.inl.h"
+// clang-format on
 
 }  // namespace scalar
 }  // namespace ovfast

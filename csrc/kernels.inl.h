@@ -1,5 +1,10 @@
 // All kernels of one instruction set, in its namespace; included by isa_*.cpp after its vectors.
 
+// clang-format off: each may use the ones before it.
+#include "vec_math.inl.h"
+#include "epilogue.inl.h"
+// clang-format on
+
 const KernelTable kKernels = {
     /*isa=*/kIsaName,
     /*linear_float=*/nullptr,

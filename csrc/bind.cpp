@@ -85,6 +85,7 @@ py::array CheckOutput(const py::object& object, const std::string& name, const c
                       std::initializer_list<py::ssize_t> shape, py::ssize_t contiguous_from) {
   py::array array = CheckArray(object, name, dtype, shape, contiguous_from);
   if (!array.writeable()) throw py::value_error(name + " is read-only; give a writable array");
+  if (array.size() == 0) return array;  // strides say nothing
   for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) {
     if (array.shape(axis) > 1 && array.strides(axis) == 0) {
       throw py::value_error(name + " repeats its elements on axis " + std::to_string(axis) +

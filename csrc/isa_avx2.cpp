@@ -4,9 +4,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "attention.h"
 #include "isa.h"
 #include "kernel_table.h"
 #include "linear.h"
+#include "norm.h"
+#include "rope.h"
 
 #if defined(OVFAST_X86)
 OVFAST_BEGIN_TARGET("avx2,fma,f16c")

@@ -4,9 +4,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "attention.h"
 #include "isa.h"
 #include "kernel_table.h"
 #include "linear.h"
+#include "norm.h"
+#include "rope.h"
 
 namespace ovfast {
 namespace scalar {

@@ -3,18 +3,23 @@
 // clang-format off: each may use the ones before it.
 #include "vec_math.inl.h"
 #include "epilogue.inl.h"
+#include "norm.inl.h"
+#include "rope.inl.h"
+#include "attention_tile.inl.h"
+#include "attention_prefill.inl.h"
+#include "attention_decode.inl.h"
 // clang-format on
 
 const KernelTable kKernels = {
     /*isa=*/kIsaName,
     /*linear_float=*/nullptr,
     /*linear_quantized=*/nullptr,
-    /*layer_norm=*/nullptr,
-    /*rms_norm=*/nullptr,
-    /*rope=*/nullptr,
-    /*view_attention=*/nullptr,
-    /*causal_attention=*/nullptr,
-    /*decode_attention=*/nullptr,
+    /*layer_norm=*/LayerNorm,
+    /*rms_norm=*/RmsNorm,
+    /*rope=*/Rope,
+    /*view_attention=*/ViewAttention,
+    /*causal_attention=*/CausalAttention,
+    /*decode_attention=*/DecodeAttention,
     /*resample=*/nullptr,
     /*patch_embed=*/nullptr,
     /*place=*/nullptr,

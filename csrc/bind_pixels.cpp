@@ -275,9 +275,9 @@ void RequireRows(const PlaceArgs& args, std::int64_t num_features) {
     if (index[0] == kNewlineRow) continue;
     if (index[0] == kTextRow) {
       if (args.embedding.data == nullptr) continue;
-      CheckRange(args.token_ids[row], "token_ids[" + std::to_string(row) + "]", 0,
-                 args.embedding.rows - 1);
-      continue;
+      const std::int32_t id = args.token_ids[row];
+      if (id >= 0 && id < args.embedding.rows) continue;
+      CheckRange(id, "token_ids[" + std::to_string(row) + "]", 0, args.embedding.rows - 1);
     }
     for (int tap = 0; tap < kPlaceTaps; ++tap) {
       const bool is_read = tap == 0 || weight[tap] != 0.0f;

@@ -89,6 +89,15 @@ def test_copies_keep_every_bit(isa: str) -> None:
     assert torch.equal(out.view(torch.int32), projected[[2, 0]].view(torch.int32))
 
 
+# The whole weight on one feature that is not the first.
+@pytest.mark.parametrize("tap", [1, 2, 3])
+def test_each_feature_counts(isa: str, tap: int) -> None:
+    projected, weight = normal(4, 41), torch.zeros(1, 4)
+    weight[0, tap] = 1.0
+    out = place(projected, (torch.arange(4, dtype=torch.int32)[None], weight))
+    assert torch.equal(out[0], projected[tap])
+
+
 def test_features_without_weight_are_not_read(isa: str) -> None:
     projected = normal(4, 41)
     projected[3] = float("nan")

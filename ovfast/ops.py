@@ -30,7 +30,9 @@ __all__ = [
     "Ops",
     "PackedLinear",
     "RowTable",
+    "has_native",
     "make_ops",
+    "with_storage",
 ]
 
 BACKENDS = ("auto", "triton", "native", "reference")
@@ -168,6 +170,22 @@ def make_ops(
         rest = ", ".join(name for name in OPERATIONS if name not in own) or "nothing"
         logger.info("back end %s on %s; from reference: %s", ops.backend, device, rest)
     return replace(ops, where=MappingProxyType(where))
+
+
+def has_native() -> bool:
+    """Whether the native back end is built."""
+    try:
+        ops_native.native_module()
+    except ImportError:
+        return False
+    return True
+
+
+def with_storage(ops: Ops, storage: str) -> Ops:
+    """The operations of a native back end that keeps weights in `storage`."""
+    if storage == ops.storage:
+        return ops
+    return replace(ops, **ops_native.native_fields(ops.native, ops.pool.num_threads, storage))
 
 
 def _plain_ops(device: torch.device) -> Ops:

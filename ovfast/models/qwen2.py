@@ -33,9 +33,7 @@ class Qwen2:
         self.config = config
         self._ops: Ops = loader.ops
         self.dtype, self.device = loader.dtype, loader.device
-        self.embedding = loader.ops.pack_embedding(
-            loader.tensor("language_model.embed_tokens.weight")
-        )
+        self.embedding = loader.embedding("language_model.embed_tokens")
         self.layers = [_load_layer(config, loader, index) for index in range(config.num_layers)]
         self.norm = loader.tensor("language_model.norm.weight")
         if "lm_head.weight" in loader.weights.names:
@@ -205,14 +203,9 @@ def _load_layer(config: TextConfig, loader: Loader, index: int) -> _Layer:
     prefix = f"language_model.layers.{index}"
     return _Layer(
         input_layernorm=loader.tensor(f"{prefix}.input_layernorm.weight"),
-        qkv_proj=loader.ops.pack_qkv(
-            loader.tensor(f"{prefix}.qkv_proj.weight"),
-            loader.tensor(f"{prefix}.qkv_proj.bias"),
-            config.num_heads,
-            config.num_kv_heads,
-        ),
+        qkv_proj=loader.qkv(f"{prefix}.qkv_proj", config.num_heads, config.num_kv_heads),
         o_proj=loader.linear(f"{prefix}.o_proj", bias=False),
         post_attention_layernorm=loader.tensor(f"{prefix}.post_attention_layernorm.weight"),
-        gate_up_proj=loader.ops.pack_gate_up(loader.tensor(f"{prefix}.gate_up_proj.weight")),
+        gate_up_proj=loader.gate_up(f"{prefix}.gate_up_proj"),
         down_proj=loader.linear(f"{prefix}.down_proj", bias=False),
     )

@@ -62,9 +62,11 @@ void RunOn(ThreadPool& pool, const Body& body) {
   pool.Run(body);
 }
 
+void BindDecoder(py::module_& m);
 void BindLinear(py::module_& m);
 void BindPixels(py::module_& m);
 void BindPool(py::module_& m);
+void BindSample(py::module_& m);
 
 }  // namespace ovfast
 

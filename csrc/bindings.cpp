@@ -5,6 +5,8 @@
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native CPU operations of ovfast.";
   ovfast::BindPool(m);
+  ovfast::BindDecoder(m);
   ovfast::BindLinear(m);
   ovfast::BindPixels(m);
+  ovfast::BindSample(m);
 }

@@ -3,12 +3,14 @@
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the registers that its own intrinsics leave undefined for mistakes (its bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
+#include "argmax.h"
 #include "isa.h"
 #include "kernel_table.h"
 #include "linear.h"

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "argmax.h"
 #include "isa.h"
 #include "kernel_table.h"
 #include "linear.h"

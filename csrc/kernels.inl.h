@@ -4,10 +4,12 @@
 #include "vec_math.inl.h"
 #include "epilogue.inl.h"
 #include "linear_float.inl.h"
-// clang-format on
+#include "argmax.inl.h"
 #include "patch_embed.inl.h"
 #include "place.inl.h"
 #include "resample.inl.h"
+#include "weigh.inl.h"
+// clang-format on
 
 const KernelTable kKernels = {
     /*isa=*/kIsaName,
@@ -22,4 +24,6 @@ const KernelTable kKernels = {
     /*resample=*/Resample,
     /*patch_embed=*/PatchEmbed,
     /*place=*/Place,
+    /*argmax=*/Argmax,
+    /*weigh=*/Weigh,
 };

@@ -16,6 +16,44 @@ def isas() -> list[str]: ...
 def use_isa(isa: str) -> None: ...
 def read_bandwidth(pool: ThreadPool, num_bytes: int) -> float: ...
 
+# The decode step.
+
+class Decoder:
+    def __init__(
+        self,
+        pool: ThreadPool,
+        embedding: PackedWeights,
+        norm: NDArray[np.float32],
+        head: PackedWeights,
+        eps: float,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        cos: NDArray[np.float32],
+        sin: NDArray[np.float32],
+    ) -> None: ...
+    def add_layer(
+        self,
+        input_norm: NDArray[np.float32],
+        qkv: PackedWeights,
+        qkv_bias: NDArray[np.float32],
+        o: PackedWeights,
+        post_norm: NDArray[np.float32],
+        gate_up: PackedWeights,
+        down: PackedWeights,
+    ) -> None: ...
+    def step(
+        self,
+        k_cache: NDArray[np.float32],
+        v_cache: NDArray[np.float32],
+        tokens: NDArray[np.int32],
+        slots: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        forbidden: NDArray[np.uint8],
+        logits: NDArray[np.float32],
+        greedy: NDArray[np.int32],
+    ) -> None: ...
+
 # Linear layers.
 
 class PackedWeights:
@@ -43,6 +81,7 @@ def linear(
     activation: str,
     accumulates: bool,
     out: NDArray[np.float32],
+    exact_activations: bool = False,
 ) -> None: ...
 def embed(
     pool: ThreadPool,
@@ -91,3 +130,24 @@ def place(
     embedding: PackedWeights | None,
     out: NDArray[np.float32],
 ) -> None: ...
+
+# The choice of tokens.
+
+def argmax(
+    pool: ThreadPool,
+    logits: NDArray[np.float32],
+    forbidden: NDArray[np.uint8],
+    out: NDArray[np.int32],
+) -> None: ...
+def sample(
+    logits: NDArray[np.float32],
+    forbidden: NDArray[np.uint8],
+    seen: NDArray[np.uint8] | None,
+    suppressed: NDArray[np.int32],
+    penalty: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    uniform: float,
+) -> int: ...

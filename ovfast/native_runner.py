@@ -16,8 +16,11 @@ from ovfast.models.qwen2 import Qwen2
 from ovfast.models.rope import rope_table
 from ovfast.ops import Ops
 from ovfast.runner import EagerRunner, SlotState
+from ovfast.sampling import philox_uniform
 
 __all__ = ["NativeRunner", "make_decoder"]
+
+MAX_FLOAT32 = torch.finfo(torch.float32).max
 
 
 def make_decoder(model: Qwen2, cache: KVCache, ops: Ops) -> Any:
@@ -77,9 +80,9 @@ class NativeRunner(EagerRunner):
         self, model: LlavaOnevision, cache: KVCache, forbidden: torch.Tensor, ops: Ops
     ) -> None:
         super().__init__(model, cache, forbidden)
+        self._native = ops.native
         self._decoder = make_decoder(model.language_model, cache, ops)
         self._k_cache, self._v_cache = cache.k_cache.numpy(), cache.v_cache.numpy()
-        # A row a slot: what a step wrote stays until the slot's token is chosen.
         self._logits = torch.empty(cache.num_slots, model.vocab_size)
         self._forbidden_bytes = forbidden.numpy().view(np.uint8)
         self._greedy: dict[int, int] = {}
@@ -97,7 +100,11 @@ class NativeRunner(EagerRunner):
         """Fills the logits of all slots that await them; can be repeated."""
         slots = []
         for slot, state in self._active.items():
-            if state.is_over or state.logits is not None:
+            if state.is_over:
+                continue
+            if state.logits is not None:
+                # Of a step that was cut, perhaps: the next one writes where these lie.
+                state.logits = state.logits.clone()
                 continue
             if state.num_prompt + state.num_tokens > self._cache.max_positions:
                 continue  # `_step` reports that the slot is full
@@ -117,21 +124,37 @@ class NativeRunner(EagerRunner):
             self._logits.numpy(),
             greedy,
         )
-        for slot, state, position, token in zip(
-            slots, states, positions, greedy.tolist(), strict=True
+        for row, (slot, state, position, token) in enumerate(
+            zip(slots, states, positions, greedy.tolist(), strict=True)
         ):
             self._cache.lengths[slot] = position + 1
             if state.seen is not None:
                 state.seen[state.last_token] = True
             self._greedy[slot] = token
-            state.logits = self._logits[slot]
+            state.logits = self._logits[row]
 
     def _sample(self, slot: int, state: SlotState, logits: torch.Tensor) -> int:
         token = self._greedy.pop(slot, -1)
         params = state.params
+        is_early = state.num_tokens < params.min_new_tokens
         plain = params.is_greedy and params.repetition_penalty == 1.0
-        early = state.num_tokens < params.min_new_tokens and token in state.stop_ids
+        if not plain or token < 0 or (is_early and token in state.stop_ids):
+            token = self._sample_native(state, logits, is_early=is_early)
         # -1: not finite, or nothing allowed; the sampler says which.
-        if plain and token >= 0 and not early:
-            return token
-        return super()._sample(slot, state, logits)
+        return token if token >= 0 else super()._sample(slot, state, logits)
+
+    def _sample_native(self, state: SlotState, logits: torch.Tensor, *, is_early: bool) -> int:
+        params = state.params
+        token: int = self._native.sample(
+            logits.numpy(),
+            self._forbidden_bytes,
+            None if state.seen is None else state.seen.numpy().view(np.uint8),
+            np.array(sorted(state.stop_ids) if is_early else [], np.int32),
+            min(params.repetition_penalty, MAX_FLOAT32),
+            min(params.temperature, MAX_FLOAT32),
+            min(params.top_k or len(logits), len(logits)),
+            params.top_p,
+            params.min_p,
+            0.0 if params.is_greedy else philox_uniform(state.seed, state.num_tokens),
+        )
+        return token

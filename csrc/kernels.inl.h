@@ -9,18 +9,23 @@
 #include "place.inl.h"
 #include "resample.inl.h"
 #include "weigh.inl.h"
+#include "norm.inl.h"
+#include "rope.inl.h"
+#include "attention_tile.inl.h"
+#include "attention_prefill.inl.h"
+#include "attention_decode.inl.h"
 // clang-format on
 
 const KernelTable kKernels = {
     /*isa=*/kIsaName,
     /*linear_float=*/LinearFloat,
     /*linear_quantized=*/nullptr,
-    /*layer_norm=*/nullptr,
-    /*rms_norm=*/nullptr,
-    /*rope=*/nullptr,
-    /*view_attention=*/nullptr,
-    /*causal_attention=*/nullptr,
-    /*decode_attention=*/nullptr,
+    /*layer_norm=*/LayerNorm,
+    /*rms_norm=*/RmsNorm,
+    /*rope=*/Rope,
+    /*view_attention=*/ViewAttention,
+    /*causal_attention=*/CausalAttention,
+    /*decode_attention=*/DecodeAttention,
     /*resample=*/Resample,
     /*patch_embed=*/PatchEmbed,
     /*place=*/Place,

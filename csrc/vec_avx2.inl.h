@@ -2,6 +2,7 @@
 // each operation means.
 
 #include "isa.h"
+#include "vec_transpose.inl.h"
 
 struct Vec {
   __m256 lo, hi;

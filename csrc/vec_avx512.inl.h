@@ -2,6 +2,7 @@
 // what each operation means.
 
 #include "isa.h"
+#include "vec_transpose.inl.h"
 
 struct Vec {
   __m512 v;

@@ -54,6 +54,33 @@ class Decoder:
         greedy: NDArray[np.int32],
     ) -> None: ...
 
+# Attention.
+
+def view_attention(
+    pool: ThreadPool,
+    qkv: NDArray[np.float32],
+    num_heads: int,
+    tokens_per_view: int,
+    out: NDArray[np.float32],
+) -> None: ...
+def causal_attention(
+    pool: ThreadPool,
+    q: NDArray[np.float32],
+    k: NDArray[np.float32],
+    v: NDArray[np.float32],
+    positions: NDArray[np.int64] | int,
+    out: NDArray[np.float32],
+) -> None: ...
+def decode_attention(
+    pool: ThreadPool,
+    q: NDArray[np.float32],
+    k_cache: NDArray[np.float32],
+    v_cache: NDArray[np.float32],
+    slots: NDArray[np.int32],
+    positions: NDArray[np.int32],
+    out: NDArray[np.float32],
+) -> None: ...
+
 # Linear layers.
 
 class PackedWeights:
@@ -87,6 +114,24 @@ def embed(
     pool: ThreadPool,
     weights: PackedWeights,
     ids: NDArray[np.int32],
+    out: NDArray[np.float32],
+) -> None: ...
+
+# Norms.
+
+def layer_norm(
+    pool: ThreadPool,
+    x: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    eps: float,
+    out: NDArray[np.float32],
+) -> None: ...
+def rms_norm(
+    pool: ThreadPool,
+    x: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    eps: float,
     out: NDArray[np.float32],
 ) -> None: ...
 
@@ -151,3 +196,28 @@ def sample(
     min_p: float,
     uniform: float,
 ) -> int: ...
+
+# Rotary position embedding.
+
+def rope_and_store(
+    pool: ThreadPool,
+    qkv: NDArray[np.float32],
+    cos: NDArray[np.float32],
+    sin: NDArray[np.float32],
+    k_cache: NDArray[np.float32],
+    v_cache: NDArray[np.float32],
+    start: int,
+    num_heads: int,
+    num_kv_heads: int,
+) -> None: ...
+def rope_and_store_rows(
+    pool: ThreadPool,
+    qkv: NDArray[np.float32],
+    cos: NDArray[np.float32],
+    sin: NDArray[np.float32],
+    k_cache: NDArray[np.float32],
+    v_cache: NDArray[np.float32],
+    slots: NDArray[np.int32],
+    positions: NDArray[np.int32],
+    num_heads: int,
+) -> None: ...

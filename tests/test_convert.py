@@ -115,7 +115,8 @@ def test_the_loader_reads_no_file_that_is_not_copied(
         assert "notes.md" not in held
         assert "model.safetensors" not in held
         with open_engine(source, quantization="int4") as one, open_engine(out) as other:
-            chat = [{"role": "user", "content": "Hello <image>"}]
+            parts = [{"type": "text", "text": "Hello"}, {"type": "image"}]
+            chat = [{"role": "user", "content": parts}]
             picture = REQUESTS["image"]["images"]
             ids = [engine.prepare(chat, images=picture).input_ids for engine in (one, other)]
             assert np.array_equal(*ids)

@@ -55,7 +55,8 @@ def load(
 
     Args:
         model: a directory (lmms-lab or Hugging Face layout, safetensors), a Hub id, or ``"demo"``.
-        device: "auto" (CUDA where there is one, else CPU), "cpu", "cuda" or "cuda:N".
+        device: "auto" (CUDA where there is one, else CPU; of a packed directory CPU), "cpu", "cuda"
+            or "cuda:N".
         dtype: "float32", "bfloat16", "float16": of weights, activations and cache; on the native
             back end of the weights of linear layers alone, the rest is float32. "auto" is bfloat16
             on CUDA, the checkpoint's own on the native back end, float32 in plain torch on a CPU.
@@ -88,6 +89,8 @@ def load(
     """
     wanted = wanted_storage(dtype, quantization)
     _check_counts(threads=threads, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    if device == "auto" and _is_packed_directory(model):
+        device = "cpu"
     target = resolve_device(device)
     for name, value, kind in (
         ("visual", visual, VisualOptions),
@@ -110,9 +113,6 @@ def load(
     _check_quantization(quantization, target, backend)
     ops = make_ops(target, backend, attention, threads=threads, storage=wanted or "float32")
     path = resolve_checkpoint(model, revision=revision, token=token, cache_dir=cache_dir)
-    if is_packed(path) and target.type != "cpu" and device == "auto":
-        target = torch.device("cpu")
-        ops = make_ops(target, backend, attention, threads=threads)
     config = ModelConfig.from_checkpoint(path)
     positions = _resolve_positions(max_seq_len, config)
     if threads is not None and not ops.storage:
@@ -145,6 +145,11 @@ def load(
         media_limits=media_limits or MediaLimits(),
         graphs=graphs,
     )
+
+
+def _is_packed_directory(model: object) -> bool:
+    """Whether a model can run on the CPU alone, as far as is known before a download."""
+    return isinstance(model, str | os.PathLike) and is_packed(Path(model).expanduser())
 
 
 def _open_weights(

@@ -226,8 +226,9 @@ void Embed(ThreadPool& pool, const PackedWeights& weights, const py::object& ids
   }
   float* const to = MutableData<float>(out);
   const std::ptrdiff_t stride = StrideOf<float>(out, 0);
+  const std::int64_t num_ids = ids.shape(0);  // without the lock the array could be reshaped
   RunOn(pool, [&](Team& team) {
-    team.For(ids.shape(0), [&](std::int64_t i) { UnpackRow(matrix, rows[i], to + i * stride); });
+    team.For(num_ids, [&](std::int64_t i) { UnpackRow(matrix, rows[i], to + i * stride); });
   });
 }
 

@@ -11,12 +11,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST_TRITON := build/triton-3.6
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h)
+SANITIZED := build/sanitize
+SANITIZERS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+STRESS := $(CXX) -O1 -g -std=c++17 -pthread -Icsrc csrc/thread_pool.cpp tests/csrc/thread_pool_stress.cpp
 # The default number of threads of a test; more only fights over a small machine's cores.
 export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all test-matrix check format aot-table test-oldest-triton gpu clean
+.PHONY: demo test test-all test-matrix check sanitize format aot-table test-oldest-triton gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m ovfast demo --out demo-out
@@ -46,6 +49,25 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+# The thread pool under ThreadSanitizer, then the pool and the extension's tests under
+# AddressSanitizer and UBSan, in a copy of the tree. libstdc++ is loaded first too, or
+# AddressSanitizer does not find how to throw. Leaks are not looked for: Python's own drown ours.
+sanitize: $(VENV)/.installed
+	rm -rf $(SANITIZED)/ovfast $(SANITIZED)/tests
+	mkdir -p $(SANITIZED)
+	cp -a csrc kernels ovfast tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
+	rm -f $(SANITIZED)/ovfast/_C.*.so
+	$(STRESS) -fsanitize=thread -o $(SANITIZED)/stress_tsan
+	TSAN_OPTIONS=halt_on_error=1 $(SANITIZED)/stress_tsan
+	$(STRESS) $(SANITIZERS) -o $(SANITIZED)/stress_asan
+	ASAN_OPTIONS=detect_leaks=0 $(SANITIZED)/stress_asan
+	cd $(SANITIZED) && CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" OVFAST_REQUIRE_EXT=1 \
+		$(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
+	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) \
+		$$($(CXX) -print-file-name=libstdc++.so.6)" \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
+		$(CURDIR)/$(BIN)/python -m pytest -q tests/csrc $(PYTEST_ARGS)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix-only --exit-zero .

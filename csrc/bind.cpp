@@ -1,5 +1,6 @@
 #include "bind.h"
 
+#include <cstring>
 #include <limits>
 
 namespace ovfast {
@@ -34,6 +35,24 @@ void Extent(const py::array& array, std::uintptr_t* begin, std::uintptr_t* end) 
   *end += static_cast<std::uintptr_t>(array.itemsize());
 }
 
+// By the descriptor alone: numpy makes the name of a dtype in Python, 6 us an array.
+bool HasDtype(const py::array& array, const char* dtype) {
+  struct Known {
+    const char* name;
+    char kind;
+    py::ssize_t itemsize;
+  };
+  constexpr Known kKnown[] = {{"uint8", 'u', 1}, {"uint16", 'u', 2},  {"int32", 'i', 4},
+                              {"int64", 'i', 8}, {"float16", 'f', 2}, {"float32", 'f', 4}};
+  const py::dtype given = array.dtype();
+  for (const Known& known : kKnown) {
+    if (std::strcmp(known.name, dtype) != 0) continue;
+    return given.kind() == known.kind && given.itemsize() == known.itemsize &&
+           (given.byteorder() == '=' || given.byteorder() == '|');
+  }
+  return false;
+}
+
 }  // namespace
 
 py::array CheckArray(const py::object& object, const std::string& name, const char* dtype,
@@ -43,8 +62,8 @@ py::array CheckArray(const py::object& object, const std::string& name, const ch
     throw py::type_error(name + " is a " + type + "; expected a numpy array of " + dtype);
   }
   py::array array = py::reinterpret_borrow<py::array>(object);
-  const std::string given = py::str(static_cast<py::object>(array.dtype()));
-  if (given != dtype) {
+  if (!HasDtype(array, dtype)) {
+    const std::string given = py::str(static_cast<py::object>(array.dtype()));
     throw py::type_error(name + " has dtype " + given + "; expected " + dtype +
                          ". Convert it first");
   }
@@ -85,6 +104,7 @@ py::array CheckOutput(const py::object& object, const std::string& name, const c
                       std::initializer_list<py::ssize_t> shape, py::ssize_t contiguous_from) {
   py::array array = CheckArray(object, name, dtype, shape, contiguous_from);
   if (!array.writeable()) throw py::value_error(name + " is read-only; give a writable array");
+  if (array.size() == 0) return array;  // strides say nothing
   for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) {
     if (array.shape(axis) > 1 && array.strides(axis) == 0) {
       throw py::value_error(name + " repeats its elements on axis " + std::to_string(axis) +

@@ -185,7 +185,7 @@ std::shared_ptr<PackedWeights> FromBuffer(const std::string& kind_name, std::int
 
 void Linear(ThreadPool& pool, const py::object& x_object, const PackedWeights& weights,
             const py::object& bias_object, const std::string& activation_name, bool accumulates,
-            const py::object& out_object) {
+            const py::object& out_object, bool exact_activations) {
   const PackedMatrix& matrix = weights.matrix;
   const Activation activation = ActivationOf(activation_name);
   const py::array x = CheckArray(x_object, "x", "float32", {kAny, matrix.cols}, 1);
@@ -208,6 +208,7 @@ void Linear(ThreadPool& pool, const py::object& x_object, const PackedWeights& w
   args.bias = bias_object.is_none() ? nullptr : Data<float>(bias);
   args.activation = activation;
   args.accumulates = accumulates;
+  args.exact_activations = exact_activations;
   args.out = MutableData<float>(out);
   args.out_stride = StrideOf<float>(out, 0);
   args.out_cols = out.shape(1);
@@ -253,6 +254,10 @@ Raises:
                              })
       .def_property_readonly("rows", [](const PackedWeights& self) { return self.matrix.rows; })
       .def_property_readonly("cols", [](const PackedWeights& self) { return self.matrix.cols; })
+      .def_property_readonly("shape",
+                             [](const PackedWeights& self) {
+                               return py::make_tuple(self.matrix.rows, self.matrix.cols);
+                             })
       .def_property_readonly("nbytes", &PackedWeights::num_bytes)
       .def("bytes", &BytesOf, "The packed bytes, (nbytes,) uint8, read-only and without a copy.");
   m.def("pack", &Pack, py::arg("pool"), py::arg("kind"), py::arg("sources"),
@@ -272,6 +277,7 @@ Raises:
     ValueError: an unknown kind, or sources that do not fit together.)doc");
   m.def("linear", &Linear, py::arg("pool"), py::arg("x"), py::arg("weights"), py::arg("bias"),
         py::arg("activation"), py::arg("accumulates"), py::arg("out"),
+        py::arg("exact_activations") = false,
         R"doc(out = activation(x @ weightsᵀ + bias), in float32.
 
 Args:
@@ -283,6 +289,8 @@ Args:
     accumulates: whether the result is added to what out holds.
     out: (num_rows, rows) float32, rows at any stride; for 'silu_mul' (num_rows, half of the rows or
         fewer).
+    exact_activations: with quantised weights, whether x stays float32 instead of being quantised in
+        groups.
 
 Raises:
     TypeError: an argument of the wrong type or dtype.

@@ -1,11 +1,26 @@
 // Threads and instruction sets, as Python sees them.
 
+#include <cstdint>
 #include <cstring>
+#include <limits>
+#include <vector>
 
+#include "bandwidth.h"
 #include "bind.h"
 #include "kernel_table.h"
 
 namespace ovfast {
+namespace {
+
+double MeasureReadBandwidth(ThreadPool& pool, std::int64_t num_bytes) {
+  constexpr std::int64_t kWord = sizeof(std::uint64_t);
+  CheckRange(num_bytes, "num_bytes", kWord, std::numeric_limits<std::int64_t>::max());
+  std::vector<std::uint64_t> words(static_cast<std::size_t>(num_bytes / kWord), 1);
+  const py::gil_scoped_release release;
+  return ReadBandwidth(pool, words.data(), words.size());
+}
+
+}  // namespace
 
 void BindPool(py::module_& m) {
   py::class_<ThreadPool>(m, "ThreadPool", R"doc(Threads for the native operations.
@@ -45,6 +60,16 @@ Raises:
 
 Raises:
     ValueError: the CPU or the build lacks it.)doc");
+  m.def("read_bandwidth", &MeasureReadBandwidth, py::arg("pool"), py::arg("num_bytes"),
+        R"doc(Bytes a second at which the pool's threads read memory, the best of a few passes.
+
+Args:
+    pool: threads.
+    num_bytes: size of the buffer, at least 8; more than the caches hold, or it is their speed.
+
+Raises:
+    ValueError: too small a buffer.
+    MemoryError: too large a buffer.)doc");
 }
 
 }  // namespace ovfast

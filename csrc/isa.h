@@ -6,7 +6,9 @@
 // Vectors live in registers only while everything around them is inlined.
 #define OVFAST_INLINE inline __attribute__((always_inline))
 
-#if (defined(__x86_64__) || defined(__amd64__)) && (defined(__GNUC__) || defined(__clang__))
+// OVFAST_NO_X86 leaves what any other CPU gets: the scalar kernels alone.
+#if (defined(__x86_64__) || defined(__amd64__)) && (defined(__GNUC__) || defined(__clang__)) && \
+    !defined(OVFAST_NO_X86)
 #define OVFAST_X86 1
 #include <immintrin.h>
 #endif

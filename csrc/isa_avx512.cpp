@@ -1,12 +1,25 @@
 // The kernels for CPUs with AVX-512 F, BW, DQ, VL and VNNI.
 
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the registers that its own intrinsics leave undefined for mistakes (its bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
+#include "argmax.h"
+#include "attention.h"
 #include "isa.h"
 #include "kernel_table.h"
 #include "linear.h"
+#include "norm.h"
+#include "patch_embed.h"
+#include "place.h"
+#include "resample.h"
+#include "rope.h"
 
 #if defined(OVFAST_X86)
 OVFAST_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")

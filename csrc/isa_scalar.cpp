@@ -4,9 +4,16 @@
 #include <cstdint>
 #include <cstring>
 
+#include "argmax.h"
+#include "attention.h"
 #include "isa.h"
 #include "kernel_table.h"
 #include "linear.h"
+#include "norm.h"
+#include "patch_embed.h"
+#include "place.h"
+#include "resample.h"
+#include "rope.h"
 
 namespace ovfast {
 namespace scalar {

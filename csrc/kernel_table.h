@@ -8,11 +8,14 @@
 #ifndef OVFAST_CSRC_KERNEL_TABLE_H_
 #define OVFAST_CSRC_KERNEL_TABLE_H_
 
+#include <cstdint>
+
 #include "isa.h"
 #include "thread_pool.h"
 
 namespace ovfast {
 
+struct ArgmaxArgs;
 struct CausalAttentionArgs;
 struct DecodeAttentionArgs;
 struct LayerNormArgs;
@@ -37,6 +40,8 @@ struct KernelTable {
   void (*resample)(Team&, const ResampleArgs&);
   void (*patch_embed)(Team&, const PatchEmbedArgs&);
   void (*place)(Team&, const PlaceArgs&);
+  void (*argmax)(Team&, const ArgmaxArgs&);
+  void (*weigh)(float* scores, std::int64_t count, float least);  // of weigh.inl.h, on one thread
 };
 
 namespace scalar {

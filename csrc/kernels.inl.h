@@ -4,19 +4,31 @@
 #include "vec_math.inl.h"
 #include "epilogue.inl.h"
 #include "linear_float.inl.h"
+#include "argmax.inl.h"
+#include "patch_embed.inl.h"
+#include "place.inl.h"
+#include "resample.inl.h"
+#include "weigh.inl.h"
+#include "norm.inl.h"
+#include "rope.inl.h"
+#include "attention_tile.inl.h"
+#include "attention_prefill.inl.h"
+#include "attention_decode.inl.h"
 // clang-format on
 
 const KernelTable kKernels = {
     /*isa=*/kIsaName,
     /*linear_float=*/LinearFloat,
     /*linear_quantized=*/nullptr,
-    /*layer_norm=*/nullptr,
-    /*rms_norm=*/nullptr,
-    /*rope=*/nullptr,
-    /*view_attention=*/nullptr,
-    /*causal_attention=*/nullptr,
-    /*decode_attention=*/nullptr,
-    /*resample=*/nullptr,
-    /*patch_embed=*/nullptr,
-    /*place=*/nullptr,
+    /*layer_norm=*/LayerNorm,
+    /*rms_norm=*/RmsNorm,
+    /*rope=*/Rope,
+    /*view_attention=*/ViewAttention,
+    /*causal_attention=*/CausalAttention,
+    /*decode_attention=*/DecodeAttention,
+    /*resample=*/Resample,
+    /*patch_embed=*/PatchEmbed,
+    /*place=*/Place,
+    /*argmax=*/Argmax,
+    /*weigh=*/Weigh,
 };

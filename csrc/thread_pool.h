@@ -9,6 +9,7 @@
 #ifndef OVFAST_CSRC_THREAD_POOL_H_
 #define OVFAST_CSRC_THREAD_POOL_H_
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -17,7 +18,12 @@ namespace ovfast {
 struct PoolState;
 
 // What a thread of a region holds. Every thread of a region must make the same calls of `For` and
-// `Shared`, in the same order.
+// `Shared`, in the same order, or none: some may never come.
+//
+// A late thread runs through calls that the others finished long ago. So what tasks write, and the
+// memory of `Shared`, may be touched by tasks alone; outside of them a body uses what stays the
+// same for the whole region. Tasks must not throw, nor open a region of the same pool: it would
+// wait for itself.
 class Team {
  public:
   Team(PoolState* state, int thread, std::uint32_t phase);
@@ -51,6 +57,7 @@ class Team {
   }
 
   void RunPhase(std::int64_t num_tasks, TaskFunction function, const void* task);
+  void RunTasks(std::int64_t first, std::int64_t count, TaskFunction function, const void* task);
 
   PoolState* state_;
   int thread_;
@@ -60,7 +67,7 @@ class Team {
 class ThreadPool {
  public:
   // num_threads: threads of a region, the caller included; at least 1. Workers start at the first
-  // region.
+  // region, as many as the system gives. No region may run when the pool is destroyed.
   explicit ThreadPool(int num_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -84,9 +91,10 @@ class ThreadPool {
   }
 
   void RunRegion(BodyFunction function, const void* body);
+  PoolState* StateHere();
 
   int num_threads_;
-  PoolState* state_;
+  std::atomic<PoolState*> state_{nullptr};
 };
 
 }  // namespace ovfast

@@ -2,6 +2,7 @@
 // each operation means.
 
 #include "isa.h"
+#include "vec_transpose.inl.h"
 
 struct Vec {
   __m256 lo, hi;
@@ -114,3 +115,5 @@ OVFAST_INLINE Vec LoadBrain(const std::uint16_t* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)),
           _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
 }
+
+#include "bytes_avx2.inl.h"

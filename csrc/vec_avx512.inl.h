@@ -2,6 +2,7 @@
 // what each operation means.
 
 #include "isa.h"
+#include "vec_transpose.inl.h"
 
 struct Vec {
   __m512 v;
@@ -66,3 +67,5 @@ OVFAST_INLINE Vec LoadBrain(const std::uint16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
+
+#include "bytes_avx512.inl.h"

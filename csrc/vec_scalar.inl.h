@@ -149,3 +149,13 @@ OVFAST_INLINE Vec LoadHalf(const std::uint16_t* p) {
 OVFAST_INLINE Vec LoadBrain(const std::uint16_t* p) {
   return Each([&](int i) { return OfBits(static_cast<std::uint32_t>(p[i]) << 16); });
 }
+
+#include "bytes_scalar.inl.h"
+// out[col][row] = in[row][col] for 8 columns; rows from num_rows (1 to 8) on repeat the last.
+OVFAST_INLINE void Transpose8(const float* in, std::int64_t in_stride, std::int64_t num_rows,
+                              float* out, std::int64_t out_stride) {
+  for (std::int64_t row = 0; row < 8; ++row) {
+    const float* const from = in + (row < num_rows ? row : num_rows - 1) * in_stride;
+    for (std::int64_t col = 0; col < 8; ++col) out[col * out_stride + row] = from[col];
+  }
+}

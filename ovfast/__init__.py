@@ -4,6 +4,7 @@ images=...)``.
 
 from ovfast.anyres import VisualOptions
 from ovfast.api import generate, stream
+from ovfast.conversion import convert
 from ovfast.engine import Engine
 from ovfast.errors import (
     BackendError,
@@ -45,6 +46,7 @@ __all__ = [
     "StreamChunk",
     "VisualOptions",
     "__version__",
+    "convert",
     "generate",
     "load",
     "stream",

@@ -30,7 +30,13 @@ from ovfast.tensor_names import (
 )
 from ovfast.weight_files import StoredTensor, listing, read_headers, read_tensor
 
-__all__ = ["CheckpointWeights", "Progress", "resolve_checkpoint", "terminal_progress"]
+__all__ = [
+    "CheckpointWeights",
+    "Progress",
+    "check_vocab",
+    "resolve_checkpoint",
+    "terminal_progress",
+]
 
 Progress = Callable[[int, int], None]
 logger = logging.getLogger("ovfast")
@@ -225,6 +231,9 @@ class CheckpointWeights:
             self._progress(self._done_bytes, self._all_bytes)
         return result
 
+    def take_packed(self, name: str) -> None:
+        """None: a checkpoint holds tensors for any back end."""
+
     def finish(self) -> None:
         """Check that the model took every tensor."""
         assert not self._left, f"tensors never taken: {listing(self._left)}"
@@ -239,19 +248,8 @@ class CheckpointWeights:
         embedding = self._tensors.get(EMBEDDING)
         if embedding is None or len(embedding.shape) != 2:
             return config.text.vocab_size  # reported with the other missing or misshapen tensors
-        rows = embedding.shape[0]
-        ids = [*config.stop_token_ids]
-        if config.dialect == "hf":
-            ids += [config.image_token_id, config.video_token_id or 0]
-        if rows <= max(ids, default=0):
-            raise CheckpointError(
-                f"{embedding.name} in {embedding.file} has {rows} rows; expected at least "
-                f"{max(ids) + 1}, because the configuration uses token id {max(ids)}. The "
-                "checkpoint's weights and config.json do not belong together."
-            )
-        if rows != config.text.vocab_size:
-            logger.info("vocabulary of %d rows (config.json: %d)", rows, config.text.vocab_size)
-        return rows
+        check_vocab(embedding.shape[0], config, f"{embedding.name} in {embedding.file}")
+        return embedding.shape[0]
 
     def _check_complete(self, config: ModelConfig, *, tied: bool) -> None:
         wanted = {part: shape for e in self._expected.values() for part, shape in e.parts}
@@ -293,6 +291,21 @@ class CheckpointWeights:
                 f"{embedding.name}; expected the same values, or no head. Set tie_word_embeddings "
                 "to false in config.json if the head was trained separately."
             )
+
+
+def check_vocab(rows: int, config: ModelConfig, what: str) -> None:
+    """Raises CheckpointError where an embedding lacks rows for ids that the configuration names."""
+    ids = [*config.stop_token_ids]
+    if config.dialect == "hf":
+        ids += [config.image_token_id, config.video_token_id or 0]
+    if rows <= max(ids, default=0):
+        raise CheckpointError(
+            f"{what} has {rows} rows; expected at least {max(ids) + 1}, because the configuration "
+            f"uses token id {max(ids)}. The checkpoint's weights and config.json do not belong "
+            "together."
+        )
+    if rows != config.text.vocab_size:
+        logger.info("vocabulary of %d rows (config.json: %d)", rows, config.text.vocab_size)
 
 
 def terminal_progress() -> Progress | None:

@@ -1,4 +1,6 @@
-"""The ``ovfast`` command: generate, explain, verify, doctor, demo. Parsing and printing only."""
+"""The ``ovfast`` command: generate, explain, verify, convert, doctor, demo. Parsing and printing
+only.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +34,10 @@ Videos = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Quantization = Annotated[
+    str | None, typer.Option(help="int8 or int4 weights, on the native back end.")
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default all that are free to use.")]
 Backend = Annotated[str, typer.Option(help="auto, triton, native or reference.")]
 MaxViews = Annotated[
     int | None, typer.Option(help="Most views of a picture; 1 keeps only the base view.")
@@ -63,6 +69,8 @@ def generate(
     device: Device = "auto",
     dtype: DType = "auto",
     backend: Backend = "auto",
+    quantization: Quantization = None,
+    threads: Threads = None,
     max_views: MaxViews = None,
     token_policy: TokenPolicy = "paper",
     num_frames: Annotated[int, typer.Option(help="Frames sampled from a video.")] = 32,
@@ -78,7 +86,15 @@ def generate(
     }
     sampling = {name: value for name, value in given.items() if value is not None}
     visual = VisualOptions(token_policy=token_policy, max_views=max_views, num_frames=num_frames)
-    with ovfast.load(model, device=device, dtype=dtype, backend=backend, visual=visual) as engine:
+    with ovfast.load(
+        model,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        quantization=quantization,
+        threads=threads,
+        visual=visual,
+    ) as engine:
         chunks = engine.stream(
             prompt,
             images=image,
@@ -160,6 +176,19 @@ def verify(
         for note in report.notes:
             print(note)
     raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="A directory, a Hub id, or 'demo'.")],
+    out: Annotated[Path, typer.Argument(help="The directory to make.")],
+    quantization: Quantization = None,
+    dtype: DType = "auto",
+) -> None:
+    """Writes weights packed for the native back end, which then loads in a fraction of a second."""
+    path = ovfast.convert(model, out, quantization=quantization, dtype=dtype)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    print(f"wrote {path}, {size / 1e6:.1f} MB; load it as any other model")
 
 
 @app.command()

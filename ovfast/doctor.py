@@ -14,6 +14,8 @@ import torch
 import ovfast
 from ovfast.demo_run import ask, demo_questions
 from ovfast.loading import load
+from ovfast.ops import Ops, has_native, make_ops
+from ovfast.storage import dtype_name
 
 PACKAGES = (
     "torch",
@@ -26,14 +28,15 @@ PACKAGES = (
     "transformers",
     "flash-attn",
 )
+READ_BYTES = 128 << 20  # more than the caches of most CPUs; reading them takes 0.2 s
 
 
 def examine() -> dict[str, dict[str, Any]]:
     """Looks at the machine and answers one demo question.
 
     Returns:
-        Sections "versions", "devices", "operations" (name → back end) and "self-test" (passed,
-        answer, milliseconds).
+        Sections "versions", "devices", "native back end" (instruction sets, threads, read
+        bandwidth), "operations" (name → back end) and "self-test" (passed, answer, milliseconds).
     """
     devices: dict[str, Any] = {
         "cpu": f"{platform.machine()}, {torch.get_num_threads()} torch threads"
@@ -49,8 +52,11 @@ def examine() -> dict[str, dict[str, Any]]:
     with load("demo") as engine:
         result = ask(engine, demo_questions()[0])
         operations = dict(engine.ops.where)
-        operations["decode step"] = engine.ops.backend if engine.ops.decode else "reference"
-        chosen = f"{engine.device}, back end {engine.ops.backend}, {engine.dtype}"
+        own_step = engine.ops.decode is not None or engine.ops.native is not None
+        operations["decode step"] = engine.ops.backend if own_step else "reference"
+        native = _native(engine.ops)
+        kept = f"weights in {engine.storage}, {dtype_name(engine.dtype)} arithmetic"
+        chosen = f"{engine.device}, back end {engine.ops.backend}, {kept}"
     test = {
         "passed": result.correct,
         "engine": chosen,
@@ -61,8 +67,25 @@ def examine() -> dict[str, dict[str, Any]]:
     return {
         "versions": _versions(),
         "devices": devices,
+        "native back end": native,
         "operations": operations,
         "self-test": test,
+    }
+
+
+def _native(ops: Ops) -> dict[str, Any]:
+    """Of the engine's native back end; on a device that does not use it, of one made for this."""
+    if not has_native():
+        return {"built": "no: install a C++17 compiler and reinstall ovfast"}
+    if ops.native is None:
+        ops = make_ops(torch.device("cpu"), "native")
+    native = ops.native
+    others = ", ".join(name for name in native.isas() if name != native.isa()) or "none"
+    bandwidth = native.read_bandwidth(ops.pool, READ_BYTES)
+    return {
+        "instruction set": f"{native.isa()} (also here: {others}; OVFAST_ISA chooses)",
+        "threads": ops.pool.num_threads,
+        "memory read": f"{bandwidth / 1e9:.1f} GB/s with these threads",
     }
 
 

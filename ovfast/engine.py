@@ -41,6 +41,7 @@ from ovfast.scoring import (
     fill_logits,
     score_continuations,
 )
+from ovfast.storage import bytes_per_param, dtype_name
 
 
 class Engine:
@@ -51,7 +52,8 @@ class Engine:
     Attributes:
         config: of the checkpoint.
         ops: where each operation runs.
-        device, dtype: of the model.
+        device, dtype: of activations and cache.
+        storage: of linear layers: "float32", "float16", "bfloat16", "int8" or "int4".
         max_seq_len: positions of a request, prompt and answer.
         max_batch_size: requests decoded at a time.
         visual: how pictures become tokens by default.
@@ -72,6 +74,7 @@ class Engine:
     ) -> None:
         self.config, self.ops = model.config, ops
         self.device, self.dtype = model.device, model.dtype
+        self.storage = ops.storage or dtype_name(model.dtype)
         self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
         self.visual, self.media_limits = visual, media_limits
         self._processor, self._vocab_size = processor, model.vocab_size
@@ -309,8 +312,8 @@ class Engine:
             raw=raw,
         )
         text_tokens = len(input_ids) - sum(plan.num_tokens for plan in plans)
-        itemsize = self.dtype.itemsize
-        return estimate_request(self.config, plans, text_tokens, max_new_tokens, itemsize, itemsize)
+        sizes = bytes_per_param(self.storage), self.dtype.itemsize
+        return estimate_request(self.config, plans, text_tokens, max_new_tokens, *sizes)
 
     def warmup(self) -> None:
         """Runs one small request twice, so that the first real one pays for no set-up.

@@ -8,7 +8,6 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,10 +20,14 @@ from ovfast.errors import BackendError, CapacityError, OptionError, Quantization
 from ovfast.kv_cache import kv_bytes_per_token
 from ovfast.media import MediaLimits
 from ovfast.models.llava_onevision import LlavaOnevision
-from ovfast.ops import Ops, make_ops
+from ovfast.ops import Ops, has_native, make_ops, with_storage
+from ovfast.packed_file import PACKED_FILE, PackedFile
+from ovfast.packed_weights import PackedCheckpoint, is_packed
 from ovfast.processor import Processor
+from ovfast.storage import DTYPES, QUANTIZATIONS, bytes_per_param, dtype_name, wanted_storage
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_THREADS = 1024  # of a native pool
+QUANTIZE_HINT = "quantization='int8' or 'int4' (native back end)"
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +55,16 @@ def load(
 
     Args:
         model: a directory (lmms-lab or Hugging Face layout, safetensors), a Hub id, or ``"demo"``.
-        device: "auto" (CUDA where there is one, else CPU), "cpu", "cuda" or "cuda:N".
-        dtype: of weights, activations and cache: "float32", "bfloat16", "float16"; "auto" is
-            bfloat16 on CUDA and float32 on the CPU.
+        device: "auto" (CUDA where there is one, else CPU; of a packed directory CPU), "cpu", "cuda"
+            or "cuda:N".
+        dtype: "float32", "bfloat16", "float16": of weights, activations and cache; on the native
+            back end of the weights of linear layers alone, the rest is float32. "auto" is bfloat16
+            on CUDA, the checkpoint's own on the native back end, float32 in plain torch on a CPU.
         backend: "auto", "triton", "native" or "reference"; ``ovfast doctor`` lists what runs where.
-        quantization: None; no quantised back end is built in yet.
-        threads: CPU threads of torch's operations, for the whole process; None leaves torch's
-            setting.
+        quantization: "int8" or "int4" for the weights of linear layers, on the native back end;
+            None keeps them in `dtype`. A directory that ``ovfast convert`` wrote says it itself.
+        threads: of the native back end, for this engine; None takes all processors that the process
+            may use. Of plain torch on a CPU, for the whole process; None leaves torch's setting.
         max_seq_len: positions a request may have, prompt and answer; None takes the checkpoint's.
         max_batch_size: requests decoded at a time; more run in waves.
         attention: of a prefill on CUDA: "sdpa" (torch), "triton" (ours), "flash" (flash-attn);
@@ -81,10 +87,11 @@ def load(
         here. CheckpointError, ConfigError: the checkpoint cannot be used.
         CapacityError: weights and cache do not fit in memory.
     """
-    _check_unavailable(quantization)
+    wanted = wanted_storage(dtype, quantization)
     _check_counts(threads=threads, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    if device == "auto" and _is_packed_directory(model):
+        device = "cpu"
     target = resolve_device(device)
-    storage = _resolve_dtype(dtype, target)
     for name, value, kind in (
         ("visual", visual, VisualOptions),
         ("media_limits", media_limits, MediaLimits),
@@ -102,25 +109,31 @@ def load(
             f"graph_memory_bytes={graph_memory_bytes!r}; expected a number of bytes, or None for"
             f" {DEFAULT_GRAPH_BYTES}. Use cuda_graphs=False for none."
         )
-    ops = make_ops(target, backend, attention)
+    # Before anything is downloaded: is what was asked for here?
+    _check_quantization(quantization, target, backend)
+    ops = make_ops(target, backend, attention, threads=threads, storage=wanted or "float32")
     path = resolve_checkpoint(model, revision=revision, token=token, cache_dir=cache_dir)
     config = ModelConfig.from_checkpoint(path)
     positions = _resolve_positions(max_seq_len, config)
-    if threads is not None:
+    if threads is not None and not ops.storage:
         torch.set_num_threads(threads)
     if config.ignored_generation_fields:
         logger.info(
             "of generation_config.json only stop ids are read; ignored: %s",
             config.ignored_generation_fields,
         )
-    weights = CheckpointWeights(path, config, progress=terminal_progress())
+    weights, ops = _open_weights(path, config, ops, wanted)
     # The embedding's real rows rule: config.json may name another number.
     config = replace(config, text=replace(config.text, vocab_size=weights.vocab_size))
     processor = Processor(path, config)
-    cache_bytes = positions * max_batch_size * kv_bytes_per_token(config.text, storage)
-    _check_memory(weights.total_bytes(storage), cache_bytes, target)
+    compute = torch.float32 if ops.storage else DTYPES[wanted or _default_dtype(target)]
+    weight_bytes = round(
+        config.num_parameters * bytes_per_param(ops.storage or dtype_name(compute))
+    )
+    cache_bytes = positions * max_batch_size * kv_bytes_per_token(config.text, compute)
+    _check_memory(weight_bytes, cache_bytes, target)
     graphs = _make_graphs(ops, target, cuda_graphs, graph_memory_bytes)
-    built = LlavaOnevision(config, weights, ops, storage, target, graphs)
+    built = LlavaOnevision(config, weights, ops, compute, target, graphs)
     weights.finish()
     return Engine(
         built,
@@ -131,6 +144,39 @@ def load(
         visual=visual or VisualOptions(),
         media_limits=media_limits or MediaLimits(),
         graphs=graphs,
+    )
+
+
+def _is_packed_directory(model: object) -> bool:
+    """Whether a model can run on the CPU alone, as far as is known before a download."""
+    return isinstance(model, str | os.PathLike) and is_packed(Path(model).expanduser())
+
+
+def _open_weights(
+    path: Path, config: ModelConfig, ops: Ops, wanted: str | None
+) -> tuple[CheckpointWeights | PackedCheckpoint, Ops]:
+    """The weights of a directory, and the operations with the storage that these weights have."""
+    if not is_packed(path):
+        weights = CheckpointWeights(path, config, progress=terminal_progress())
+        if ops.storage and wanted is None:
+            ops = with_storage(ops, dtype_name(weights.storage_dtype))
+        return weights, ops
+    if not ops.storage:
+        raise BackendError(
+            f"{path} holds weights packed for the native CPU back end, but back end"
+            f" {ops.backend!r} was chosen. Use device='cpu' and backend='auto' with ovfast._C"
+            " built, or load the original checkpoint."
+        )
+    file = PackedFile(path / PACKED_FILE)
+    if wanted is not None and wanted != file.storage:
+        option = "quantization" if wanted in QUANTIZATIONS else "dtype"
+        kind = QuantizationError if option == "quantization" else OptionError
+        raise kind(
+            f"{option}={wanted!r}, but {path} holds weights packed as {file.storage}. Leave"
+            f" {option} out, or load or convert the original checkpoint."
+        )
+    return PackedCheckpoint(file, path, config, ops.native.PackedWeights), with_storage(
+        ops, file.storage
     )
 
 
@@ -160,15 +206,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return target
 
 
-def _resolve_dtype(dtype: Any, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, str) and dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    for name, storage in DTYPES.items():
-        if dtype is storage or (isinstance(dtype, str) and dtype == name):
-            return storage
-    raise OptionError(
-        f"dtype={dtype!r}; expected 'auto', {', '.join(map(repr, DTYPES))} or the torch dtype."
-    )
+def _default_dtype(device: torch.device) -> str:
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def _resolve_positions(max_seq_len: int | None, config: ModelConfig) -> int:
@@ -186,6 +225,8 @@ def _check_counts(**counts: int | None) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise OptionError(f"{name}={value!r}; expected an integer of at least 1.")
+        if name == "threads" and value > MOST_THREADS:
+            raise OptionError(f"{name}={value!r}; expected an integer of at most {MOST_THREADS}.")
 
 
 def _make_graphs(
@@ -197,11 +238,20 @@ def _make_graphs(
     return GraphCache(CudaCapture(device), DEFAULT_GRAPH_BYTES if max_bytes is None else max_bytes)
 
 
-def _check_unavailable(quantization: Any) -> None:
-    if quantization is not None:
-        raise QuantizationError(
-            f"quantization={quantization!r}; this version computes unquantised. Use None."
-        )
+def _check_quantization(quantization: str | None, device: torch.device, backend: str) -> None:
+    """Refuses a known quantisation where nothing computes it."""
+    if quantization is None:
+        return
+    where = f"device={str(device)!r}" if device.type != "cpu" else f"backend={backend!r}"
+    if device.type == "cpu" and backend in ("auto", "native"):
+        if has_native():
+            return
+        where = "ovfast._C not built"
+    raise QuantizationError(
+        f"quantization={quantization!r} with {where}; only the native CPU back end computes with"
+        " quantised weights. Use device='cpu', backend='auto' and the compiled module, or"
+        " quantization=None."
+    )
 
 
 def _check_memory(weight_bytes: int, cache_bytes: int, device: torch.device) -> None:
@@ -214,8 +264,9 @@ def _check_memory(weight_bytes: int, cache_bytes: int, device: torch.device) -> 
     if free is not None and need > free:
         raise CapacityError(
             f"weights of {weight_bytes / 1e9:.2f} GB and a cache of {cache_bytes / 1e9:.2f} GB do"
-            f" not fit in the {free / 1e9:.2f} GB free on {device}. Use dtype='bfloat16', a smaller"
-            " max_seq_len or max_batch_size."
+            f" not fit in the {free / 1e9:.2f} GB free on {device}. Use"
+            f" {'a smaller max_seq_len or max_batch_size' if is_cuda else QUANTIZE_HINT}, or"
+            " dtype='bfloat16'."
         )
 
 

@@ -1,7 +1,8 @@
 """The operations of an engine: one frozen object, each operation from the back end that has it.
 
-The only module that knows which device runs what, and the only importer of `ovfast.kernels` and
-`ovfast._C`. What a back end lacks is taken from `ovfast.reference`; `Ops.where` says which.
+The only module that knows which device runs what; `ops_triton` and `ops_native` hold the
+operations of the two back ends. What a back end lacks is taken from `ovfast.reference`; `Ops.where`
+says which.
 """
 
 import importlib
@@ -9,13 +10,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ovfast import cpu_linear, reference, reference_pixels
+from ovfast import cpu_linear, ops_native, reference, reference_pixels
 from ovfast.decode_kernels import DecodeKernels
 from ovfast.errors import BackendError, OptionError
 from ovfast.reference import PackedLinear, RowTable
@@ -29,7 +30,9 @@ __all__ = [
     "Ops",
     "PackedLinear",
     "RowTable",
+    "has_native",
     "make_ops",
+    "with_storage",
 ]
 
 BACKENDS = ("auto", "triton", "native", "reference")
@@ -46,6 +49,11 @@ def _pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
 def _pack_qkv(weight: Tensor, bias: Tensor, num_heads: int, num_kv_heads: int) -> PackedLinear:
     """Packs queries, keys and values of one layer for `linear` and `rope_and_store`."""
     return PackedLinear(weight, bias)
+
+
+def _pack_embedding(weight: Tensor) -> PackedLinear:
+    """Packs (vocab_size, hidden_size) for `embed`, and for `head` where the two are tied."""
+    return PackedLinear(weight, None)
 
 
 def _pack_patch(weight: Tensor) -> Tensor:
@@ -68,6 +76,9 @@ class Ops:
             built on the host.
         views_a_step: views that the tower encodes at once.
         decode: kernels of a decode step for rows of requests; None decodes request by request.
+        native: `ovfast._C`, of the native back end, which decodes by one call a step.
+        pool: its threads.
+        storage: how it keeps the weights of linear layers; "" where they have the model's dtype.
     """
 
     backend: str = "reference"
@@ -75,11 +86,15 @@ class Ops:
     pack_patch: Callable[[Tensor], Tensor] = _pack_patch
     pack_qkv: Callable[[Tensor, Tensor, int, int], PackedLinear] = _pack_qkv
     pack_gate_up: Callable[[Tensor], PackedLinear] = _pack_linear
+    pack_embedding: Callable[[Tensor], PackedLinear] = _pack_embedding
     linear: Callable[[Tensor, PackedLinear], Tensor] = reference.packed_linear
+    add_linear: Callable[[Tensor, PackedLinear, Tensor], Tensor] = reference.add_linear
+    gate_up: Callable[[Tensor, PackedLinear], Tensor] = reference.gate_up
+    head: Callable[[Tensor, PackedLinear], Tensor] = reference.packed_linear
+    embed: Callable[[PackedLinear, Tensor, Tensor | None], Tensor] = reference.embed
     fused_linear: Callable[..., Tensor] = reference.fused_linear
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor] = reference.layer_norm
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = reference.rms_norm
-    silu_mul: Callable[[Tensor], Tensor] = reference.silu_mul
     rope_and_store: Callable[..., Tensor] = reference.rope_and_store
     resample: Callable[..., Tensor] = reference_pixels.resample
     patch_embed: Callable[[Tensor, Tensor, Tensor, Tensor, int, torch.dtype], Tensor] = (
@@ -98,16 +113,22 @@ class Ops:
     reads_pictures: bool = False
     views_a_step: int = 1
     decode: DecodeKernels | None = None
+    native: Any = None
+    pool: Any = None
+    storage: str = ""
 
 
-OPERATIONS = tuple(
-    f.name
-    for f in fields(Ops)
-    if f.name not in ("backend", "where", "reads_pictures", "views_a_step", "decode")
-)
+OPERATIONS = tuple(f.name for f in fields(Ops) if callable(f.default))
 
 
-def make_ops(device: torch.device, backend: str = "auto", attention: str = "auto") -> Ops:
+def make_ops(
+    device: torch.device,
+    backend: str = "auto",
+    attention: str = "auto",
+    *,
+    threads: int | None = None,
+    storage: str = "float32",
+) -> Ops:
     """Chooses where each operation runs.
 
     Args:
@@ -116,6 +137,9 @@ def make_ops(device: torch.device, backend: str = "auto", attention: str = "auto
             installed, else reference; a name forces that back end.
         attention: of a prefill on CUDA: "sdpa" (torch), "triton" (ours), "flash" (the package
             flash-attn); "auto" takes what was measured fastest on the device, else "sdpa".
+        threads: of the native back end; None takes all processors that the process may use.
+        storage: how the native back end keeps the weights of linear layers: "float32", "float16",
+            "bfloat16", "int8" or "int4".
 
     Returns:
         The operations; what the back end lacks comes from reference.
@@ -132,7 +156,7 @@ def make_ops(device: torch.device, backend: str = "auto", attention: str = "auto
         raise OptionError(f"attention={attention!r}; expected one of {allowed}")
     ops = plain = _plain_ops(device)
     if backend == "native" or (backend == "auto" and device.type == "cpu"):
-        ops = _with_native(ops, device, required=backend == "native")
+        ops = _with_native(ops, device, threads, storage, required=backend == "native")
     elif backend == "triton" or (backend == "auto" and device.type == "cuda"):
         ops = _with_triton(ops, device, attention, required=backend == "triton")
     if attention in ("triton", "flash") and ops.backend != "triton":
@@ -143,9 +167,25 @@ def make_ops(device: torch.device, backend: str = "auto", attention: str = "auto
     own = {name for name in OPERATIONS if getattr(ops, name) is not getattr(plain, name)}
     where = {name: ops.backend if name in own else "reference" for name in OPERATIONS}
     if own:
-        rest = ", ".join(name for name in OPERATIONS if name not in own)
+        rest = ", ".join(name for name in OPERATIONS if name not in own) or "nothing"
         logger.info("back end %s on %s; from reference: %s", ops.backend, device, rest)
     return replace(ops, where=MappingProxyType(where))
+
+
+def has_native() -> bool:
+    """Whether the native back end is built."""
+    try:
+        ops_native.native_module()
+    except ImportError:
+        return False
+    return True
+
+
+def with_storage(ops: Ops, storage: str) -> Ops:
+    """The operations of a native back end that keeps weights in `storage`."""
+    if storage == ops.storage:
+        return ops
+    return replace(ops, **ops_native.native_fields(ops.native, ops.pool.num_threads, storage))
 
 
 def _plain_ops(device: torch.device) -> Ops:
@@ -154,19 +194,24 @@ def _plain_ops(device: torch.device) -> Ops:
         return Ops()
     return Ops(
         linear=_cpu_linear,
+        add_linear=partial(reference.add_linear, apply_linear=_cpu_linear),
+        gate_up=partial(reference.gate_up, apply_linear=_cpu_linear),
+        head=_cpu_linear,
         fused_linear=partial(reference.fused_linear, apply_linear=_cpu_linear),
         project_and_pack=partial(reference.project_and_pack, apply_linear=_cpu_linear),
     )
 
 
-def _with_native(ops: Ops, device: torch.device, *, required: bool) -> Ops:
+def _with_native(
+    ops: Ops, device: torch.device, threads: int | None, storage: str, *, required: bool
+) -> Ops:
     if device.type != "cpu":
         raise BackendError(
             f"backend='native' on device {str(device)!r}; it runs on the CPU only. Use"
             " device='cpu', or backend='auto'."
         )
     try:
-        native = importlib.import_module("ovfast._C")
+        native = ops_native.native_module()
     except ImportError as error:
         if required:
             raise BackendError(
@@ -178,22 +223,8 @@ def _with_native(ops: Ops, device: torch.device, *, required: bool) -> Ops:
             " slower than it could. Install a C++17 compiler and reinstall ovfast"
         )
         return ops
-    return replace(ops, backend="native", pack_views=_native_pack_views(native))
-
-
-def _native_pack_views(native: ModuleType) -> Callable[..., None]:
-    function: Any = native.pack_views
-
-    def pack_views(
-        resized: UInt8Array,
-        offset_hw: tuple[int, int],
-        grid_hw: tuple[int, int],
-        fill: int,
-        out: UInt8Array,
-    ) -> None:
-        function(resized, *offset_hw, *grid_hw, fill, out)
-
-    return pack_views
+    own = ops_native.native_fields(native, threads, storage)
+    return replace(ops, backend="native", **own)
 
 
 def _with_triton(ops: Ops, device: torch.device, attention: str, *, required: bool) -> Ops:

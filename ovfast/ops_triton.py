@@ -70,7 +70,7 @@ def triton_fields(
         "fused_linear": _fused_linear,
         "layer_norm": layer_norm.layer_norm,
         "rms_norm": rms_norm.rms_norm,
-        "silu_mul": silu_mul.silu_mul_pairs,
+        "gate_up": partial(reference.gate_up, apply_silu_mul=silu_mul.silu_mul_pairs),
         "rope_and_store": _rope_and_store,
         "resample": resize.resample,
         "patch_embed": _patch_embed,
@@ -141,7 +141,7 @@ def _project_and_pack(
     linear_2: PackedLinear,
     newline: Tensor,
     token_ids: Tensor,
-    embed_tokens: Tensor,
+    embedding: PackedLinear,
     out: Tensor,
 ) -> Tensor:
     """fc1 and GELU on the rows in use; then pooling, which commutes with fc2, before fc2."""
@@ -162,7 +162,7 @@ def _project_and_pack(
         linear_2.bias,
         newline,
         token_ids,
-        embed_tokens,
+        embedding.weight,
         out,
         has_pooled=table.has_pooled,
     )

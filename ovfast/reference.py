@@ -8,6 +8,7 @@ depend on its neighbours.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +26,10 @@ TEXT_ROW = -2  # first index of a row of inputs_embeds that is a text embedding;
 class PackedLinear:
     """A linear layer's parameters in the layout of one back end; here (out, in) and (out,).
 
-    Only the `Ops` that packed it may read it.
+    Only the `Ops` that packed it may read it. `weight.shape` is (out, in) in every layout.
     """
 
-    weight: Tensor
+    weight: Any
     bias: Tensor | None
 
 
@@ -86,6 +87,17 @@ def fused_linear(
     return out if residual is None else residual.add_(out)
 
 
+def add_linear(
+    x: Tensor,
+    packed: PackedLinear,
+    residual: Tensor,
+    *,
+    apply_linear: Callable[[Tensor, PackedLinear], Tensor] = packed_linear,
+) -> Tensor:
+    """Adds a linear layer to the residual stream, (rows, out_features), in place."""
+    return residual.add_(apply_linear(x, packed))
+
+
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, upcast: bool = False
 ) -> Tensor:
@@ -124,6 +136,41 @@ def silu_mul(gate_up: Tensor, *, upcast: bool = False) -> Tensor:
     """
     gate, up = (_truth(gate_up) if upcast else gate_up).chunk(2, dim=-1)
     return F.silu(gate, inplace=True).mul_(up)
+
+
+def gate_up(
+    x: Tensor,
+    packed: PackedLinear,
+    *,
+    apply_linear: Callable[[Tensor, PackedLinear], Tensor] = packed_linear,
+    apply_silu_mul: Callable[[Tensor], Tensor] = silu_mul,
+) -> Tensor:
+    """The first half of Qwen2's MLP.
+
+    Args:
+        x: (rows, hidden_size).
+        packed: hidden_size → 2 · intermediate_size, of `pack_gate_up`.
+        apply_linear: the linear layer of the back end.
+        apply_silu_mul: `silu_mul` of the back end, for the order of its columns.
+
+    Returns:
+        (rows, intermediate_size).
+    """
+    return apply_silu_mul(apply_linear(x, packed))
+
+
+def embed(embedding: PackedLinear, token_ids: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rows of the embedding.
+
+    Args:
+        embedding: (vocab_size, hidden_size), of `pack_embedding`.
+        token_ids: (num_tokens,) int32 or int64.
+        out: (num_tokens, hidden_size), written in place if given.
+
+    Returns:
+        (num_tokens, hidden_size).
+    """
+    return torch.index_select(embedding.weight, 0, token_ids, out=out)
 
 
 # As transformers v5.23 apply_rotary_pos_emb: every product and sum rounds to the storage dtype.
@@ -353,7 +400,7 @@ def project_and_pack(
     linear_2: PackedLinear,
     newline: Tensor,
     token_ids: Tensor,
-    embed_tokens: Tensor,
+    embedding: PackedLinear,
     out: Tensor,
     *,
     apply_linear: Callable[[Tensor, PackedLinear], Tensor] = packed_linear,
@@ -367,7 +414,7 @@ def project_and_pack(
         linear_2: hidden_size → hidden_size.
         newline: (hidden_size,).
         token_ids: (num_rows,) int32, read where the table says text.
-        embed_tokens: (vocab_size, hidden_size).
+        embedding: (vocab_size, hidden_size), of `pack_embedding`.
         out: (num_rows, hidden_size), written in place.
         apply_linear: the linear layer of the back end.
 
@@ -384,5 +431,5 @@ def project_and_pack(
         projected[block] = apply_linear(hidden, linear_2)
     pool_and_pack(projected, table.index, table.weight, newline, out)
     is_text = table.index[:, 0] == TEXT_ROW
-    out[is_text] = embed_tokens[token_ids[is_text].long()]
+    out[is_text] = embedding.weight[token_ids[is_text].long()]
     return out

@@ -31,6 +31,7 @@ from ovfast.errors import BackendError
 from ovfast.kv_cache import KVCache
 from ovfast.models.llava_onevision import LlavaOnevision
 from ovfast.models.qwen2_rows import Qwen2Rows
+from ovfast.native_runner import NativeRunner
 from ovfast.ops import Ops
 from ovfast.runner import DecodeRunner, EagerRunner, SlotState, StepResult
 from ovfast.sampling import TokenLogprob
@@ -282,6 +283,8 @@ def make_runner(
     graphs: GraphCache | None = None,
 ) -> DecodeRunner:
     """The runner of a back end: rows of fused kernels where it has them for the model's heads."""
+    if ops.native is not None:
+        return NativeRunner(model, cache, forbidden, ops)
     if ops.decode is None or not ops.decode.supports(model.config.text.head_dim):
         return EagerRunner(model, cache, forbidden)
     decoder = Qwen2Rows(model.language_model, cache, ops.decode)

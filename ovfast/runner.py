@@ -91,9 +91,7 @@ class EagerRunner:
 
     def launch(self, n_steps: int) -> None:
         for _ in range(n_steps):
-            for slot, state in list(self._active.items()):
-                if not state.is_over:
-                    self._step(slot, state)
+            self._step_all()
 
     def poll(self) -> list[StepResult]:
         results, self._results = self._results, []
@@ -102,6 +100,11 @@ class EagerRunner:
     def cancel(self, slot: int) -> None:
         self._active.pop(slot, None)
         self._results = [result for result in self._results if result.slot != slot]
+
+    def _step_all(self) -> None:
+        for slot, state in list(self._active.items()):
+            if not state.is_over:
+                self._step(slot, state)
 
     def _step(self, slot: int, state: SlotState) -> None:
         try:
@@ -122,8 +125,17 @@ class EagerRunner:
             logits = self._model.decode(state.last_token, self._cache, slot)
             if state.seen is not None:
                 state.seen[state.last_token] = True
+        token = self._sample(slot, state, logits)
+        logprob = None if params.logprobs is None else token_logprob(logits, token, params.logprobs)
+        if token in state.stop_ids:
+            return StepResult(slot, token, logprob, "stop")
+        is_last = state.num_tokens + 1 >= state.max_new_tokens
+        return StepResult(slot, token, logprob, "length" if is_last else None)
+
+    def _sample(self, slot: int, state: SlotState, logits: torch.Tensor) -> int:
+        params = state.params
         suppressed = state.stop_ids if state.num_tokens < params.min_new_tokens else ()
-        token = sample(
+        return sample(
             logits,
             params,
             forbidden=self._forbidden,
@@ -132,8 +144,3 @@ class EagerRunner:
             index=state.num_tokens,
             suppress_stop=tuple(suppressed),
         )
-        logprob = None if params.logprobs is None else token_logprob(logits, token, params.logprobs)
-        if token in state.stop_ids:
-            return StepResult(slot, token, logprob, "stop")
-        is_last = state.num_tokens + 1 >= state.max_new_tokens
-        return StepResult(slot, token, logprob, "length" if is_last else None)

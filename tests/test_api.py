@@ -25,6 +25,7 @@ PUBLIC_NAMES = [
     "StreamChunk",
     "VisualOptions",
     "__version__",
+    "convert",
     "generate",
     "load",
     "stream",

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovfast import cli
+from ovfast import cli, ops_native
+from ovfast.cpu_threads import available_threads
 from tests.support.checkpoints import CheckpointSpec
 
 
@@ -64,7 +65,17 @@ def test_doctor_names_every_operation(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["self-test"]["passed"]
     assert set(report["operations"].values()) <= {"native", "triton", "reference"}
-    assert report["operations"]["linear"] == "reference"
+    native = report["native back end"]
+    if native.get("built"):
+        assert "compiler" in native["built"]
+        return
+    module = ops_native.native_module()
+    assert report["operations"]["linear"] == "native"
+    assert report["operations"]["decode step"] == "native"
+    assert native["instruction set"].startswith(module.isa())
+    assert all(isa in native["instruction set"] for isa in module.isas())
+    assert native["threads"] == available_threads()
+    assert 0.1 < float(native["memory read"].split(" GB/s")[0]) < 10_000
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,8 @@ NUM_SOURCES = 5 * 9
 
 def no_text(table):
     """Ids and embeddings where no row is text."""
-    return torch.zeros(len(table.index), dtype=torch.int32), torch.zeros(1, 6)
+    token_ids = torch.zeros(len(table.index), dtype=torch.int32)
+    return token_ids, reference.PackedLinear(torch.zeros(1, 6), None)
 
 
 def row_table(table):
@@ -244,7 +245,9 @@ def test_project_and_pack_places_text_between_pictures():
     token_ids[:2], token_ids[-1] = torch.tensor([3, 1]), 2
     embed_tokens, out = randn(5, 6, seed=9), torch.empty(len(index), 6)
     joined = reference.RowTable(plain.source_rows, index, weight, has_pooled=False)
-    reference.project_and_pack(features, joined, *args, token_ids, embed_tokens, out)
+    reference.project_and_pack(
+        features, joined, *args, token_ids, reference.PackedLinear(embed_tokens, None), out
+    )
     assert torch.equal(out[2:-1], alone)
     assert torch.equal(out[[0, 1, -1]], embed_tokens[[3, 1, 2]])
 

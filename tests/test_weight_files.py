@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from ovfast.checkpoint import CheckpointWeights
 from ovfast.config import ModelConfig
 from ovfast.errors import CheckpointError
+from ovfast.weight_files import read_headers, read_tensor
 from tests.support.checkpoints import (
     CheckpointSpec,
     make_checkpoint,
@@ -78,6 +80,22 @@ def test_corrupt_safetensors(checkpoint: Path, break_it: Callable[[bytes], bytes
     file.write_bytes(break_it(file.read_bytes()))
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not a readable"):
         open_weights(checkpoint)
+
+
+@pytest.mark.parametrize("num_spaces", [1, 2, 5])
+def test_data_at_odd_places(checkpoint: Path, num_spaces: int) -> None:
+    """A header of any length moves every tensor off its dtype's alignment."""
+    file = checkpoint / "model.safetensors"
+    data = file.read_bytes()
+    expected = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    (length,) = struct.unpack("<Q", data[:8])
+    text = data[8 : 8 + length].rstrip() + b" " * num_spaces
+    while len(text) % 2 == 0:
+        text += b" "
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    for stored in read_headers(checkpoint).values():
+        assert torch.equal(read_tensor(stored), expected[stored.name])
+        assert torch.equal(read_tensor(stored, 1), expected[stored.name][1:2])
 
 
 @pytest.fixture

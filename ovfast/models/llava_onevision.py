@@ -166,7 +166,7 @@ class LlavaOnevision:
             features,
             row_table(len(rows), tuple(placed)),
             token_ids,
-            self.language_model.embed_tokens,
+            self.language_model.embedding,
             rows,
         )
         return features

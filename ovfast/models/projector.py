@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ovfast.models.parameters import Loader
 from ovfast.models.visual_rows import HostRowTable
-from ovfast.ops import RowTable
+from ovfast.ops import PackedLinear, RowTable
 
 TABLES_KEPT = 32  # on the device: 36 bytes a row, 0.3 MB for the largest picture
 
@@ -42,7 +42,7 @@ class Projector:
         features: Tensor,
         table: HostRowTable,
         token_ids: Tensor,
-        embed_tokens: Tensor,
+        embedding: PackedLinear,
         out: Tensor,
     ) -> Tensor:
         """Writes consecutive rows of inputs_embeds: visual tokens and the text around them.
@@ -51,7 +51,7 @@ class Projector:
             features: (num_views · tokens_per_view, vision_hidden_size).
             table: of the rows.
             token_ids: (num_rows,) int32, read where the table says text.
-            embed_tokens: (vocab_size, hidden_size).
+            embedding: (vocab_size, hidden_size), of `pack_embedding`.
             out: (num_rows, hidden_size), rows of inputs_embeds; written in place.
 
         Returns:
@@ -64,7 +64,7 @@ class Projector:
             self._linear_2,
             self.image_newline,
             token_ids,
-            embed_tokens,
+            embedding,
             out,
         )
 

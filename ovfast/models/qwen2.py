@@ -33,18 +33,18 @@ class Qwen2:
         self.config = config
         self._ops: Ops = loader.ops
         self.dtype, self.device = loader.dtype, loader.device
-        self.embed_tokens = loader.tensor("language_model.embed_tokens.weight")
+        self.embedding = loader.embedding("language_model.embed_tokens")
         self.layers = [_load_layer(config, loader, index) for index in range(config.num_layers)]
         self.norm = loader.tensor("language_model.norm.weight")
         if "lm_head.weight" in loader.weights.names:
             self.lm_head = loader.linear("lm_head", bias=False)
         else:
-            self.lm_head = loader.ops.pack_linear(self.embed_tokens, None)
+            self.lm_head = self.embedding
 
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding; config.json may name another number."""
-        return self.embed_tokens.shape[0]
+        return int(self.embedding.weight.shape[0])
 
     def embed(self, input_ids: Tensor, out: Tensor | None = None) -> Tensor:
         """Text embeddings.
@@ -53,7 +53,7 @@ class Qwen2:
             input_ids: (num_tokens,) int32 or int64 on the model's device.
             out: (num_tokens, hidden_size), written in place if given.
         """
-        return torch.index_select(self.embed_tokens, 0, input_ids, out=out)
+        return self._ops.embed(self.embedding, input_ids, out)
 
     def prefill(
         self,
@@ -124,7 +124,7 @@ class Qwen2:
         """
         cache.check_room(slot, 1)
         position = cache.lengths[slot]
-        hidden_states = self.embed_tokens[token_id : token_id + 1].clone()
+        hidden_states = self.embed(torch.tensor([token_id], dtype=torch.int32, device=self.device))
         cos, sin = self._rope_table(position, position + 1)
         for index in range(len(self.layers)):
             hidden_states = self._run_layer(index, hidden_states, cos, sin, cache, slot, range(1))
@@ -134,7 +134,7 @@ class Qwen2:
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Final norm and head: (rows, hidden_size) → (rows, vocab_size) float32."""
         x = self._ops.rms_norm(hidden_states, self.norm, self.config.rms_norm_eps)
-        return self._ops.linear(x, self.lm_head).float()
+        return self._ops.head(x, self.lm_head).float()
 
     def _rope_table(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -160,12 +160,11 @@ class Qwen2:
         attended = self._attend(layer, x, cos, sin, cache.layer(index, slot), start, rows)
         if len(rows) < len(hidden_states):
             hidden_states = hidden_states[list(rows)]
-        hidden_states += ops.linear(attended, layer.o_proj)
+        ops.add_linear(attended, layer.o_proj, hidden_states)
         for first in range(0, len(rows), MLP_ROWS):
             block = hidden_states[first : first + MLP_ROWS]
             x = ops.rms_norm(block, layer.post_attention_layernorm, eps)
-            x = ops.silu_mul(ops.linear(x, layer.gate_up_proj))
-            block += ops.linear(x, layer.down_proj)
+            ops.add_linear(ops.gate_up(x, layer.gate_up_proj), layer.down_proj, block)
         return hidden_states
 
     def _attend(
@@ -204,14 +203,9 @@ def _load_layer(config: TextConfig, loader: Loader, index: int) -> _Layer:
     prefix = f"language_model.layers.{index}"
     return _Layer(
         input_layernorm=loader.tensor(f"{prefix}.input_layernorm.weight"),
-        qkv_proj=loader.ops.pack_qkv(
-            loader.tensor(f"{prefix}.qkv_proj.weight"),
-            loader.tensor(f"{prefix}.qkv_proj.bias"),
-            config.num_heads,
-            config.num_kv_heads,
-        ),
+        qkv_proj=loader.qkv(f"{prefix}.qkv_proj", config.num_heads, config.num_kv_heads),
         o_proj=loader.linear(f"{prefix}.o_proj", bias=False),
         post_attention_layernorm=loader.tensor(f"{prefix}.post_attention_layernorm.weight"),
-        gate_up_proj=loader.ops.pack_gate_up(loader.tensor(f"{prefix}.gate_up_proj.weight")),
+        gate_up_proj=loader.gate_up(f"{prefix}.gate_up_proj"),
         down_proj=loader.linear(f"{prefix}.down_proj", bias=False),
     )

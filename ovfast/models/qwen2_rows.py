@@ -61,7 +61,7 @@ class Qwen2Rows:
         num_splits = min(num_splits, self._max_splits)
         x, other = self._residuals
         partials: Tensor | None = None
-        kernels.embed_rows(rows.tokens, model.embed_tokens, x)
+        kernels.embed_rows(rows.tokens, model.embedding.weight, x)
         for index, layer in enumerate(model.layers):
             qkv, eps = layer.qkv_proj, config.rms_norm_eps
             k_cache, v_cache = self._cache.k_cache[index], self._cache.v_cache[index]

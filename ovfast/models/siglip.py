@@ -11,7 +11,6 @@ from ovfast.cuda_graphs import GraphCache
 from ovfast.models.parameters import Loader
 from ovfast.ops import Ops, PackedLinear
 from ovfast.pixels import Pixels
-from ovfast.reference_pixels import patch_offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +46,7 @@ class SiglipTower:
         self._ops: Ops = loader.ops
         self._dtype, self._device = loader.dtype, loader.device
         self._graphs = graphs
-        prefix, wide = "vision_tower.patch_embedding", torch.float32
-        weight = loader.tensor(f"{prefix}.weight")
-        bias = loader.tensor(f"{prefix}.bias", wide)
-        position_embedding = loader.tensor("vision_tower.position_embedding", wide)
-        self._patch_offset = patch_offset(weight, bias, position_embedding)
-        self._patch_weight = loader.ops.pack_patch(weight)
+        self._patch_weight, self._patch_offset = loader.patch("vision_tower")
         self._layers = [_load_layer(loader, index) for index in range(config.num_layers)]
 
     def embed(self, pixels: Pixels) -> Tensor:

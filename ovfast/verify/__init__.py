@@ -20,6 +20,8 @@ from ovfast.engine import Engine
 from ovfast.errors import BackendError, OptionError
 from ovfast.loading import load
 from ovfast.model_inputs import ModelInputs
+from ovfast.packed_weights import is_packed
+from ovfast.storage import DTYPES
 from ovfast.verify.cases import NUM_NEW_TOKENS, Case, make_cases, prepare_case
 from ovfast.verify.oracle import Oracle, views_of, why_unavailable
 from ovfast.verify.report import VerifyReport, VerifyRow
@@ -60,6 +62,11 @@ def verify(
         OVFastError: the checkpoint or an argument cannot be used.
     """
     path = resolve_checkpoint(model)
+    if is_packed(path):
+        raise BackendError(
+            f"{path} holds packed weights, which no reference reads. Verify the original; "
+            "a packed directory of it gives the same bits."
+        )
     problem = why_unavailable(ModelConfig.from_checkpoint(path))
     stored = read_stored(path / STORED_FILE) if problem is not None else None
     if problem is not None and stored is None:
@@ -72,7 +79,7 @@ def verify(
         about = {
             "model": str(model),
             "device": str(engine.device),
-            "dtype": str(engine.dtype).removeprefix("torch."),
+            "dtype": engine.storage,
             "backend": engine.ops.backend,
         }
         if stored is None:
@@ -83,7 +90,7 @@ def verify(
 def _with_stored(
     engine: Engine, path: Path, about: dict[str, str], stored: Stored, problem: str
 ) -> VerifyReport:
-    if engine.dtype != torch.float32:
+    if engine.storage != "float32":
         raise OptionError(
             f"dtype={about['dtype']!r} with {stored.title}; they are for 'float32'. Use that, or "
             f"compare with transformers: {problem}."
@@ -95,7 +102,8 @@ def _with_stored(
 
 def _with_transformers(engine: Engine, path: Path, about: dict[str, str]) -> VerifyReport:
     """One model at a time is in memory: ours leaves its results and its head."""
-    dtype, device = engine.dtype, engine.device
+    # Weights in 16 bits are judged as a model of 16 bits, also where arithmetic is float32.
+    dtype, device = DTYPES[engine.storage], engine.device
     requests, notes = _requests(engine)
     ours = {case.name: run_engine(engine, inputs) for case, inputs in requests}
     forbidden = engine._forbidden.cpu()

@@ -1,0 +1,182 @@
+// What all kinds of attention are made of: panels of keys and values, tiles of scores, the softmax.
+//
+// A panel of keys is [head_dim][16 keys], a panel of values [keys][16 dimensions], so that a Vec
+// holds 16 results and a tile of them stays in registers. Every sum runs over its terms in one
+// order, whatever tile it falls in.
+
+constexpr float kMinusInfinity = -__builtin_inff();
+
+OVFAST_INLINE std::int64_t SmallerOf(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+OVFAST_INLINE std::int64_t CeilDiv(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+OVFAST_INLINE std::int64_t PaddedDim(std::int64_t head_dim) {
+  return CeilDiv(head_dim, kLanes) * kLanes;
+}
+
+// What a score is multiplied with before the power of 2.
+OVFAST_INLINE float ScoreScale(std::int64_t head_dim) {
+  return 1.44269504f / __builtin_sqrtf(static_cast<float>(head_dim));
+}
+
+// 2^x for x ≤ 0 or a little above, 2^-126 below; relative error 2e-8 before rounding, 2^0 is 1.
+OVFAST_INLINE Vec Exp2(Vec x) {
+  x = Max(Set(-126.0f), x);  // in this order NaN stays NaN
+  // Adding 1.5 · 2^23 rounds to an integer, which the low bits then hold.
+  const Vec shifted = Add(x, Set(0x1.8p23f));
+  const Vec fraction = Sub(x, Sub(shifted, Set(0x1.8p23f)));
+  Vec power = Fma(Set(0x1.41fbbcp-13f), fraction, Set(0x1.5f3e54p-10f));
+  power = Fma(power, fraction, Set(0x1.3b2d4cp-7f));
+  power = Fma(power, fraction, Set(0x1.c6aee8p-5f));
+  power = Fma(power, fraction, Set(0x1.ebfbdcp-3f));
+  power = Fma(power, fraction, Set(0x1.62e43p-1f));
+  power = Fma(power, fraction, Set(1.0f));
+  return AsFloat(AddI(AsInt(power), ShiftLeft<23>(AsInt(shifted))));
+}
+
+// One panel of keys; lanes from num_keys on repeat the last key, and no result of theirs is used.
+OVFAST_INLINE void PackKeyPanel(const float* k, std::int64_t k_stride, std::int64_t num_keys,
+                                std::int64_t head_dim, float* panel) {
+  std::int64_t d = 0;
+  for (; d + 8 <= head_dim; d += 8) {
+    if (num_keys >= kLanes) {
+      Transpose8(k + d, k_stride, 8, panel + d * kLanes, kLanes);
+      Transpose8(k + d + 8 * k_stride, k_stride, 8, panel + d * kLanes + 8, kLanes);
+    } else {
+      const std::int64_t high = num_keys > 8 ? 8 : num_keys - 1;
+      Transpose8(k + d, k_stride, num_keys, panel + d * kLanes, kLanes);
+      Transpose8(k + d + high * k_stride, k_stride, num_keys - high, panel + d * kLanes + 8,
+                 kLanes);
+    }
+  }
+  for (; d < head_dim; ++d) {
+    for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+      panel[d * kLanes + lane] = k[SmallerOf(lane, num_keys - 1) * k_stride + d];
+    }
+  }
+}
+
+// Panels of values, panel_stride floats apart; dimensions from head_dim on are 0.
+OVFAST_INLINE void PackValuePanels(const float* v, std::int64_t v_stride, std::int64_t num_keys,
+                                   std::int64_t head_dim, float* panels,
+                                   std::int64_t panel_stride) {
+  for (std::int64_t key = 0; key < num_keys; ++key) {
+    const float* const value = v + key * v_stride;
+    float* out = panels + key * kLanes;
+    std::int64_t d = 0;
+    for (; d + kLanes <= head_dim; d += kLanes, out += panel_stride) Store(out, Load(value + d));
+    if (d < head_dim) Store(out, LoadPart(value + d, static_cast<int>(head_dim - d)));
+  }
+}
+
+// Queries of a tile as [head_dim][kRows]; rows from num_rows on repeat the last one.
+template <int kRows>
+OVFAST_INLINE void PackQueries(const float* q, std::int64_t q_stride, std::int64_t num_rows,
+                               std::int64_t head_dim, float* tile) {
+  for (int row = 0; row < kRows; ++row) {
+    const float* const query = q + SmallerOf(row, num_rows - 1) * q_stride;
+    for (std::int64_t d = 0; d < head_dim; ++d) tile[d * kRows + row] = query[d];
+  }
+}
+
+// scores[row][key] = Σ_d q[row][d] · k[key][d] over kPanels panels of keys.
+template <int kRows, int kPanels>
+OVFAST_INLINE void ScoreTile(const float* queries, const float* panels, std::int64_t head_dim,
+                             float* scores, std::int64_t score_stride) {
+  Vec sums[kRows][kPanels];
+  for (int row = 0; row < kRows; ++row) {
+    for (int panel = 0; panel < kPanels; ++panel) sums[row][panel] = Zero();
+  }
+  for (std::int64_t d = 0; d < head_dim; ++d) {
+    Vec keys[kPanels];
+    for (int panel = 0; panel < kPanels; ++panel) {
+      keys[panel] = Load(panels + (panel * head_dim + d) * kLanes);
+    }
+    for (int row = 0; row < kRows; ++row) {
+      const Vec query = Set(queries[d * kRows + row]);
+      for (int panel = 0; panel < kPanels; ++panel) {
+        sums[row][panel] = Fma(query, keys[panel], sums[row][panel]);
+      }
+    }
+  }
+  for (int row = 0; row < kRows; ++row) {
+    for (int panel = 0; panel < kPanels; ++panel) {
+      Store(scores + row * score_stride + panel * kLanes, sums[row][panel]);
+    }
+  }
+}
+
+template <int kRows>
+OVFAST_INLINE void ScoreRows(const float* queries, const float* panels, std::int64_t num_panels,
+                             std::int64_t head_dim, float* scores, std::int64_t score_stride) {
+  std::int64_t panel = 0;
+  for (; panel + kTileBlocks <= num_panels; panel += kTileBlocks) {
+    ScoreTile<kRows, kTileBlocks>(queries, panels + panel * head_dim * kLanes, head_dim,
+                                  scores + panel * kLanes, score_stride);
+  }
+  for (; panel < num_panels; ++panel) {
+    ScoreTile<kRows, 1>(queries, panels + panel * head_dim * kLanes, head_dim,
+                        scores + panel * kLanes, score_stride);
+  }
+}
+
+// sums[row] = sums[row] · factors[row] + Σ_key weights[row][key] · values[key], 16 · kPanels
+// dimensions; kIsPart: the last panel has `width` dimensions, and memory behind them is not read.
+template <int kRows, int kPanels, bool kIsPart>
+OVFAST_INLINE void ValueTile(const float* weights, std::int64_t weight_stride, const float* values,
+                             std::int64_t value_stride, std::int64_t panel_stride,
+                             std::int64_t num_keys, int width, const float* factors, float* sums,
+                             std::int64_t sum_stride) {
+  Vec totals[kRows][kPanels];
+  for (int row = 0; row < kRows; ++row) {
+    const Vec factor = Set(factors[row]);
+    for (int panel = 0; panel < kPanels; ++panel) {
+      totals[row][panel] = Mul(factor, Load(sums + row * sum_stride + panel * kLanes));
+    }
+  }
+  for (std::int64_t key = 0; key < num_keys; ++key) {
+    Vec value[kPanels];
+    for (int panel = 0; panel < kPanels; ++panel) {
+      const float* const from = values + key * value_stride + panel * panel_stride;
+      value[panel] = kIsPart ? LoadPart(from, width) : Load(from);
+    }
+    for (int row = 0; row < kRows; ++row) {
+      const Vec weight = Set(weights[row * weight_stride + key]);
+      for (int panel = 0; panel < kPanels; ++panel) {
+        totals[row][panel] = Fma(weight, value[panel], totals[row][panel]);
+      }
+    }
+  }
+  for (int row = 0; row < kRows; ++row) {
+    for (int panel = 0; panel < kPanels; ++panel) {
+      Store(sums + row * sum_stride + panel * kLanes, totals[row][panel]);
+    }
+  }
+}
+
+// One row of scores becomes weights 2^((score - most) · scale), `most` being the largest so far.
+// `scores` holds whole panels, of which the last may be filled up; `sums` are 16 partial sums of
+// the weights. Returns the factor for everything that was summed with the old maximum.
+OVFAST_INLINE float SoftmaxRow(float* scores, std::int64_t num_keys, float scale, float* most,
+                               float* sums) {
+  const std::int64_t end = CeilDiv(num_keys, kLanes) * kLanes;
+  for (std::int64_t key = num_keys; key < end; ++key) scores[key] = kMinusInfinity;
+  Vec largest = Load(scores);
+  for (std::int64_t key = kLanes; key < end; key += kLanes) {
+    largest = Max(largest, Load(scores + key));
+  }
+  const float block_most = MaxOf(largest);
+  const float new_most = block_most > *most ? block_most : *most;
+  const Vec scales = Set(scale), offset = Set(new_most);
+  Vec total = Zero();
+  for (std::int64_t key = 0; key < end; key += kLanes) {
+    const Vec weight = Exp2(Mul(Sub(Load(scores + key), offset), scales));
+    Store(scores + key, weight);
+    total = Add(total, weight);
+  }
+  const Vec change = Exp2(Set((*most - new_most) * scale));
+  Store(sums, Fma(change, Load(sums), total));
+  *most = new_most;
+  float factor[kLanes];
+  Store(factor, change);
+  return factor[0];
+}

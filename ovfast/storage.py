@@ -1,0 +1,74 @@
+"""How weights are kept: names of storages, the bytes they take, and the options that ask for them.
+
+On the native CPU back end the storage of linear layers is a choice of its own, arithmetic is
+float32 in any case. Elsewhere it is the dtype of weights, activations and cache in one.
+"""
+
+from typing import Any
+
+import torch
+
+from ovfast.errors import OptionError, QuantizationError
+
+__all__ = [
+    "DTYPES",
+    "QUANTIZATIONS",
+    "STORAGES",
+    "bytes_per_param",
+    "dtype_name",
+    "wanted_storage",
+]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Bytes of a group of weights with its float16 scale, and the weights in it.
+_GROUPS = {"int8": (128 + 2, 128), "int4": (16 + 2, 32)}
+QUANTIZATIONS = tuple(_GROUPS)
+STORAGES = (*DTYPES, *QUANTIZATIONS)
+
+
+def bytes_per_param(storage: str) -> float:
+    """Bytes of one weight of a linear layer, its share of the scale included."""
+    if storage in _GROUPS:
+        num_bytes, count = _GROUPS[storage]
+        return num_bytes / count
+    return DTYPES[storage].itemsize
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def wanted_storage(dtype: Any, quantization: Any) -> str | None:
+    """The storage that two options of `load` ask for together; None leaves it to the checkpoint.
+
+    Raises:
+        OptionError: an unknown dtype, or one beside a quantisation.
+        QuantizationError: an unknown quantisation.
+    """
+    name = _dtype_option(dtype)
+    if quantization is None:
+        return name
+    if not isinstance(quantization, str) or quantization not in QUANTIZATIONS:
+        allowed = ", ".join(map(repr, QUANTIZATIONS))
+        raise QuantizationError(
+            f"quantization={quantization!r}; expected {allowed}, or None for weights as they are."
+            " Use None on CUDA."
+        )
+    if name is not None:
+        raise OptionError(
+            f"dtype={dtype!r} with quantization={quantization!r}; a quantisation decides how"
+            " weights are kept, and arithmetic is float32. Leave dtype='auto'."
+        )
+    return quantization
+
+
+def _dtype_option(dtype: Any) -> str | None:
+    if isinstance(dtype, str) and dtype == "auto":
+        return None
+    for name, storage in DTYPES.items():
+        if dtype is storage or (isinstance(dtype, str) and dtype == name):
+            return name
+    raise OptionError(
+        f"dtype={dtype!r}; expected 'auto', {', '.join(map(repr, DTYPES))} or the torch dtype."
+    )

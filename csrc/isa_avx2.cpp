@@ -24,6 +24,7 @@ constexpr const char* kIsaName = "avx2";
 
 // clang-format off: the vectors come first.
 #include "vec_avx2.inl.h"
+#include "dot_avx2.inl.h"
 #include "kernels.inl.h"
 // clang-format on
 

@@ -30,6 +30,7 @@ constexpr const char* kIsaName = "avx512";
 
 // clang-format off: the vectors come first.
 #include "vec_avx512.inl.h"
+#include "dot_avx512.inl.h"
 #include "kernels.inl.h"
 // clang-format on
 

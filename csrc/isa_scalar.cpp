@@ -22,6 +22,7 @@ constexpr const char* kIsaName = "scalar";
 
 // clang-format off: the vectors come first.
 #include "vec_scalar.inl.h"
+#include "dot_scalar.inl.h"
 #include "kernels.inl.h"
 // clang-format on
 

@@ -4,6 +4,8 @@
 #include "vec_math.inl.h"
 #include "epilogue.inl.h"
 #include "linear_float.inl.h"
+#include "linear_exact.inl.h"
+#include "linear_quantized.inl.h"
 #include "argmax.inl.h"
 #include "patch_embed.inl.h"
 #include "place.inl.h"
@@ -19,7 +21,7 @@
 const KernelTable kKernels = {
     /*isa=*/kIsaName,
     /*linear_float=*/LinearFloat,
-    /*linear_quantized=*/nullptr,
+    /*linear_quantized=*/LinearQuantized,
     /*layer_norm=*/LayerNorm,
     /*rms_norm=*/RmsNorm,
     /*rope=*/Rope,

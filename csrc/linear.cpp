@@ -5,20 +5,12 @@
 namespace ovfast {
 namespace {
 
-std::size_t Align(std::size_t num_bytes) {
-  return (num_bytes + kPackedAlignment - 1) / kPackedAlignment * kPackedAlignment;
-}
-
 bool IsQuantized(WeightKind kind) { return kind == WeightKind::kInt8 || kind == WeightKind::kInt4; }
 
 }  // namespace
 
 std::size_t BlockBytes(WeightKind kind, std::int64_t cols) {
   const std::size_t padded = static_cast<std::size_t>(PaddedCols(cols));
-  const auto scale_bytes = [&](std::int64_t group) {
-    return Align((padded + static_cast<std::size_t>(group) - 1) / static_cast<std::size_t>(group) *
-                 kBlock * 2);
-  };
   switch (kind) {
     case WeightKind::kFloat32:
       return padded * kBlock * 4;
@@ -26,9 +18,9 @@ std::size_t BlockBytes(WeightKind kind, std::int64_t cols) {
     case WeightKind::kBfloat16:
       return padded * kBlock * 2;
     case WeightKind::kInt8:
-      return scale_bytes(kInt8Group) + padded * kBlock;
+      return static_cast<std::size_t>(ScaleBytes(kind, cols)) + padded * kBlock;
     case WeightKind::kInt4:
-      return scale_bytes(kInt4Group) + padded * kBlock / 2;
+      return static_cast<std::size_t>(ScaleBytes(kind, cols)) + padded * kBlock / 2;
   }
   return 0;
 }

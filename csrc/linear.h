@@ -29,8 +29,28 @@ struct PackedMatrix {
   std::int64_t cols;         // inputs, ≥ 1
 };
 
+// A block of int8 or int4 begins with its scales, bfloat16 [groups][16], padded to 64 bytes; then
+// come the weights in lines of 64 bytes, whose 32-bit lane n belongs to row n of the block:
+//   int8: a line holds 4 inputs; byte b of a lane is q of input b;
+//   int4: a line holds 8 inputs; byte b of a lane is q + 8 of input b in its low half and of input
+//         b + 4 in its high half.
+// A weight is scale · q, with q in [-127, 127] or [-8, 7]; how both are found is in
+// ovfast/quantize.py, which packing equals to the bit.
+constexpr std::int64_t kLineBytes = 64;
+
 inline std::int64_t PaddedCols(std::int64_t cols) { return (cols + kPad - 1) / kPad * kPad; }
 inline std::int64_t NumBlocks(std::int64_t rows) { return (rows + kBlock - 1) / kBlock; }
+
+// Of int8 and int4: inputs that share a scale, groups of a row, bytes of the scales of a block.
+inline std::int64_t GroupOf(WeightKind kind) {
+  return kind == WeightKind::kInt8 ? kInt8Group : kInt4Group;
+}
+inline std::int64_t NumGroups(WeightKind kind, std::int64_t cols) {
+  return (cols + GroupOf(kind) - 1) / GroupOf(kind);
+}
+inline std::int64_t ScaleBytes(WeightKind kind, std::int64_t cols) {
+  return (NumGroups(kind, cols) * kBlock * 2 + kLineBytes - 1) / kLineBytes * kLineBytes;
+}
 
 // Bytes from a block to the next, a multiple of kPackedAlignment.
 std::size_t BlockBytes(WeightKind kind, std::int64_t cols);
@@ -62,7 +82,8 @@ struct LinearArgs {
   const float* bias;        // (matrix.rows,) in the matrix's own order of rows, or null
   Activation activation;    // after the bias
   bool accumulates;         // whether the result is added to `out`
-  bool exact_activations;   // quantised weights: x stays float32 (decode), else it is quantised
+  bool exact_activations;   // quantised weights: x stays float32 (decode); else it is quantised in
+                            // the groups of the weights (prefill, tower)
   float* out;               // (num_rows, out_cols); does not overlap x
   std::int64_t out_stride;  // floats from a row of out to the next
   std::int64_t out_cols;    // matrix.rows; for kSiluMul at most half of it, the rest is padding

@@ -1,11 +1,114 @@
-// Packed blocks of int8 and int4 weights.
+// Packed blocks of int8 and int4 weights: the scheme of ovfast/quantize.py, to the bit.
+
+#include <cstring>
 
 #include "linear.h"
 
 namespace ovfast {
+namespace {
 
-void PackQuantizedTile(WeightKind, const float*, std::int64_t, std::uint8_t*) {}
+constexpr int kLargestInt8 = 127;
+constexpr float kLowestInt4 = -8.0f, kHighestInt4 = 7.0f;
 
-void UnpackQuantizedRow(const PackedMatrix&, std::int64_t, float*) {}
+std::uint32_t BitsOf(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+float OfBits(std::uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// The first weight of the largest magnitude.
+float LargestOf(const float* weights, std::int64_t count) {
+  float largest = 0.0f;
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (__builtin_fabsf(weights[i]) > __builtin_fabsf(largest)) largest = weights[i];
+  }
+  return largest;
+}
+
+// The scale of a group, as bfloat16.
+std::uint16_t ScaleOf(WeightKind kind, float largest) {
+  if (kind == WeightKind::kInt8) {  // upwards, so that no weight is beyond ±127 scales
+    return static_cast<std::uint16_t>((BitsOf(__builtin_fabsf(largest) / kLargestInt8) + 0xffffu) >>
+                                      16);
+  }
+  const std::uint32_t bits = BitsOf(largest / kLowestInt4);
+  return static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+// q = weight / scale to the nearest, halves to even; 0 where the scale is 0.
+void QuantizeGroup(WeightKind kind, const float* weights, std::int64_t count, float scale,
+                   std::int8_t* q) {
+  if (scale == 0.0f) {
+    std::memset(q, 0, static_cast<std::size_t>(count));
+    return;
+  }
+  const float low = kind == WeightKind::kInt8 ? -kLargestInt8 : kLowestInt4;
+  const float high = kind == WeightKind::kInt8 ? kLargestInt8 : kHighestInt4;
+  constexpr float kMagic = 12582912.0f;  // 1.5 · 2²³: a sum with it is rounded to an integer
+  for (std::int64_t i = 0; i < count; ++i) {
+    float quotient = weights[i] / scale;
+    quotient = quotient > low ? quotient : low;
+    quotient = quotient < high ? quotient : high;
+    q[i] = static_cast<std::int8_t>(static_cast<int>(quotient + kMagic - kMagic));
+  }
+}
+
+// Where the weights of input `col` of a row lie behind the scales; `col` is a multiple of 4.
+std::int64_t OffsetOf(WeightKind kind, std::int64_t row, std::int64_t col) {
+  return col / (kind == WeightKind::kInt8 ? 4 : 8) * kLineBytes + row * 4;
+}
+
+}  // namespace
+
+void PackQuantizedTile(WeightKind kind, const float* tile, std::int64_t cols, std::uint8_t* block) {
+  const std::int64_t padded = PaddedCols(cols), group = GroupOf(kind);
+  std::memset(block, 0, static_cast<std::size_t>(ScaleBytes(kind, cols)));
+  std::uint16_t* const scales = reinterpret_cast<std::uint16_t*>(block);
+  std::uint8_t* const weights = block + ScaleBytes(kind, cols);
+  for (std::int64_t row = 0; row < kBlock; ++row) {
+    for (std::int64_t first = 0; first < padded; first += group) {
+      const std::int64_t count = padded - first < group ? padded - first : group;
+      const float* const from = tile + row * padded + first;
+      const std::uint16_t scale = ScaleOf(kind, LargestOf(from, count));
+      scales[first / group * kBlock + row] = scale;
+      std::int8_t q[kInt8Group];
+      QuantizeGroup(kind, from, count, OfBits(static_cast<std::uint32_t>(scale) << 16), q);
+      if (kind == WeightKind::kInt8) {
+        for (std::int64_t k = 0; k < count; k += 4) {
+          std::memcpy(weights + OffsetOf(kind, row, first + k), q + k, 4);
+        }
+        continue;
+      }
+      for (std::int64_t k = 0; k < count; k += 8) {
+        std::uint8_t* const to = weights + OffsetOf(kind, row, first + k);
+        for (std::int64_t i = 0; i < 4; ++i) {
+          to[i] = static_cast<std::uint8_t>((q[k + i] + 8) | (q[k + i + 4] + 8) << 4);
+        }
+      }
+    }
+  }
+}
+
+void UnpackQuantizedRow(const PackedMatrix& matrix, std::int64_t row, float* out) {
+  const WeightKind kind = matrix.kind;
+  const std::uint8_t* const block =
+      matrix.data + static_cast<std::size_t>(row / kBlock) * BlockBytes(kind, matrix.cols);
+  const std::uint16_t* const scales = reinterpret_cast<const std::uint16_t*>(block);
+  const std::uint8_t* const weights = block + ScaleBytes(kind, matrix.cols);
+  row %= kBlock;
+  for (std::int64_t col = 0; col < matrix.cols; ++col) {
+    const std::uint32_t scale = scales[col / GroupOf(kind) * kBlock + row];
+    const std::uint8_t byte = weights[OffsetOf(kind, row, col / 4 * 4) + col % 4];
+    const int q = kind == WeightKind::kInt8 ? static_cast<std::int8_t>(byte)
+                                            : (col % 8 < 4 ? byte & 15 : byte >> 4) - 8;
+    out[col] = OfBits(scale << 16) * static_cast<float>(q);
+  }
+}
 
 }  // namespace ovfast

@@ -86,6 +86,9 @@ OVFAST_INLINE VecI SubI(VecI a, VecI b) {
 OVFAST_INLINE VecI AndI(VecI a, VecI b) {
   return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)};
 }
+OVFAST_INLINE VecI XorI(VecI a, VecI b) {
+  return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)};
+}
 template <int kBits>
 OVFAST_INLINE VecI ShiftLeft(VecI a) {
   return {_mm256_slli_epi32(a.lo, kBits), _mm256_slli_epi32(a.hi, kBits)};

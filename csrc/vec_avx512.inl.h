@@ -44,6 +44,7 @@ OVFAST_INLINE void StoreI(void* p, VecI a) { _mm512_storeu_si512(p, a.v); }
 OVFAST_INLINE VecI AddI(VecI a, VecI b) { return {_mm512_add_epi32(a.v, b.v)}; }
 OVFAST_INLINE VecI SubI(VecI a, VecI b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 OVFAST_INLINE VecI AndI(VecI a, VecI b) { return {_mm512_and_si512(a.v, b.v)}; }
+OVFAST_INLINE VecI XorI(VecI a, VecI b) { return {_mm512_xor_si512(a.v, b.v)}; }
 template <int kBits>
 OVFAST_INLINE VecI ShiftLeft(VecI a) {
   return {_mm512_slli_epi32(a.v, kBits)};

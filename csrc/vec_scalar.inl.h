@@ -107,6 +107,9 @@ OVFAST_INLINE VecI SubI(VecI a, VecI b) {
 OVFAST_INLINE VecI AndI(VecI a, VecI b) {
   return EachI([&](int i) { return a.v[i] & b.v[i]; });
 }
+OVFAST_INLINE VecI XorI(VecI a, VecI b) {
+  return EachI([&](int i) { return a.v[i] ^ b.v[i]; });
+}
 template <int kBits>
 OVFAST_INLINE VecI ShiftLeft(VecI a) {
   return EachI([&](int i) { return Wrap(Bits(a.v[i]) << kBits); });

@@ -1,0 +1,67 @@
+// Dot products of quantised inputs and weights by AVX2. See dot_scalar.inl.h for what each
+// operation means.
+//
+// int8: products of bytes would saturate in 16 bits, so weights and inputs are widened to 16 bits
+// and multiplied in pairs. int4: a product of an unsigned nibble and a byte is at most 15 · 127,
+// and the 16 of a group that meet in a 16-bit lane at most 30 480: they are summed there.
+
+template <WeightKind kKind>
+struct Dot;
+
+template <>
+struct Dot<WeightKind::kInt8> {
+  using Input = std::int16_t;  // in the order 0, 2, 1, 3 of each four
+  static constexpr int kLines = 2;
+  static constexpr std::int32_t kExcess = 0;
+
+  // Inputs 0 and 2, then 1 and 3, of each lane.
+  static OVFAST_INLINE void Expand(VecI line, std::uint8_t* operands) {
+    StoreI(operands, {_mm256_srai_epi16(_mm256_slli_epi16(line.lo, 8), 8),
+                      _mm256_srai_epi16(_mm256_slli_epi16(line.hi, 8), 8)});
+    StoreI(operands + kLineBytes, {_mm256_srai_epi16(line.lo, 8), _mm256_srai_epi16(line.hi, 8)});
+  }
+  static OVFAST_INLINE VecI Start(std::int32_t) { return ZeroI(); }
+  static OVFAST_INLINE VecI Add(VecI sums, VecI weights, VecI inputs) {
+    return AddI(
+        sums, {_mm256_madd_epi16(weights.lo, inputs.lo), _mm256_madd_epi16(weights.hi, inputs.hi)});
+  }
+  static OVFAST_INLINE VecI End(VecI sums, std::int32_t) { return sums; }
+  static OVFAST_INLINE void Store16(Input* to, VecI inputs) {
+    // Each four to 0 2 1 3; packing works on halves of a register, so its quarters are put in
+    // order.
+    const __m256i lo = _mm256_shuffle_epi32(inputs.lo, 0xd8);
+    const __m256i hi = _mm256_shuffle_epi32(inputs.hi, 0xd8);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(lo, hi), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+  }
+};
+
+template <>
+struct Dot<WeightKind::kInt4> {
+  using Input = std::int8_t;
+  static constexpr int kLines = 2;
+  static constexpr std::int32_t kExcess = 8;
+
+  static OVFAST_INLINE void Expand(VecI line, std::uint8_t* operands) {
+    StoreI(operands, AndI(line, SetI(0x0f0f0f0f)));
+    StoreI(operands + kLineBytes, AndI(ShiftRightUnsigned<4>(line), SetI(0x0f0f0f0f)));
+  }
+  // The sums are 16 bits wide until the end.
+  static OVFAST_INLINE VecI Start(std::int32_t) { return ZeroI(); }
+  static OVFAST_INLINE VecI Add(VecI sums, VecI weights, VecI inputs) {
+    return {_mm256_add_epi16(sums.lo, _mm256_maddubs_epi16(weights.lo, inputs.lo)),
+            _mm256_add_epi16(sums.hi, _mm256_maddubs_epi16(weights.hi, inputs.hi))};
+  }
+  static OVFAST_INLINE VecI End(VecI sums, std::int32_t correction) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return AddI({_mm256_madd_epi16(sums.lo, ones), _mm256_madd_epi16(sums.hi, ones)},
+                SetI(correction));
+  }
+  static OVFAST_INLINE void Store16(Input* to, VecI inputs) {
+    const __m256i words = _mm256_packs_epi32(inputs.lo, inputs.hi);
+    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
+    const __m128i bytes =
+        _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+  }
+};

@@ -1,0 +1,44 @@
+// Dot products of quantised inputs and weights in plain C++, and what they are on every set.
+//
+// `Expand` turns a packed line of weights into kLines operands of 64 bytes. An operand is
+// multiplied with 32 bits of a row's inputs, the same in every lane: lane n is the sum of the
+// products of one output. `Start` … `Add` … `End` sum a group; `correction` is that of the row in
+// this group.
+
+// As _mm512_dpbusd_epi32: four unsigned bytes of a times four signed bytes of b, added.
+OVFAST_INLINE VecI AddBytes(VecI sums, VecI a, VecI b) {
+  return EachI([&](int i) {
+    std::int32_t sum = sums.v[i];
+    for (int shift = 0; shift < 32; shift += 8) {
+      const std::int32_t left = static_cast<std::int32_t>(Bits(a.v[i]) >> shift & 0xffu);
+      sum += left * static_cast<std::int8_t>(Bits(b.v[i]) >> shift & 0xffu);
+    }
+    return sum;
+  });
+}
+
+template <WeightKind kKind>
+struct Dot {
+  using Input = std::int8_t;  // an input, as stored in its own order
+  static constexpr int kLines = kKind == WeightKind::kInt8 ? 1 : 2;
+  // What weights in an operand are too high by. The correction is -kExcess · the sum of the inputs.
+  static constexpr std::int32_t kExcess = kKind == WeightKind::kInt8 ? 128 : 8;
+
+  static OVFAST_INLINE void Expand(VecI line, std::uint8_t* operands) {
+    if constexpr (kKind == WeightKind::kInt8) {
+      StoreI(operands, XorI(line, SetI(static_cast<std::int32_t>(0x80808080u))));
+    } else {
+      StoreI(operands, AndI(line, SetI(0x0f0f0f0f)));
+      StoreI(operands + kLineBytes, AndI(ShiftRightUnsigned<4>(line), SetI(0x0f0f0f0f)));
+    }
+  }
+  static OVFAST_INLINE VecI Start(std::int32_t correction) { return SetI(correction); }
+  static OVFAST_INLINE VecI Add(VecI sums, VecI weights, VecI inputs) {
+    return AddBytes(sums, weights, inputs);
+  }
+  static OVFAST_INLINE VecI End(VecI sums, std::int32_t) { return sums; }
+  // Stores 16 inputs.
+  static OVFAST_INLINE void Store16(Input* to, VecI inputs) {
+    for (int i = 0; i < kLanes; ++i) to[i] = static_cast<Input>(inputs.v[i]);
+  }
+};

@@ -1,8 +1,29 @@
 // Attention of single tokens to the cache: each key and each value is read once, for all the heads
 // that share it. A task takes one part of the cache; the parts are merged in their order.
 
-constexpr std::int64_t kPart = 256;      // keys of a part, which begins at a multiple
-constexpr std::int64_t kValueKeys = 32;  // values that stay in the first cache for all heads
+constexpr std::int64_t kPart = 256;          // keys of a part, which begins at a multiple
+constexpr std::int64_t kAheadFloats = 2048;  // keys and values are asked for so long before use
+constexpr std::int64_t kValueFloats = 2048;  // values that stay in the first cache for all heads
+
+// Asks the memory for the keys of a part, for its values and for what the thread probably comes to
+// next, a little at a time: a core that waits for each row in turn reads at a third of the memory's
+// speed.
+struct ReadAhead {
+  const float* from[3];  // keys, values, keys of a later part
+  std::int64_t left[3];  // floats of each that have not been asked for
+  int stage;             // of the three
+
+  OVFAST_INLINE void Ask(std::int64_t num_floats) {
+    while (num_floats > 0 && stage < 3) {
+      const std::int64_t count = SmallerOf(num_floats, left[stage]);
+      for (std::int64_t i = 0; i < count; i += kLanes) __builtin_prefetch(from[stage] + i);
+      num_floats -= count;
+      from[stage] += count;
+      left[stage] -= count;
+      if (left[stage] <= 0) ++stage;
+    }
+  }
+};
 
 // One part of one group of heads; the results of its rows follow one another.
 struct DecodePart {
@@ -10,6 +31,7 @@ struct DecodePart {
   std::int64_t num_heads;  // of the group, ≥ 1
   const float* k;          // first key of the part
   const float* v;          // first value of the part
+  const float* next_k;     // keys that this thread probably comes to next, or null
   std::int64_t num_keys;   // 1 to kPart
   std::int64_t head_dim;   // of all of them
   float* values;           // [num_heads][padded head_dim]: Σ weight · value
@@ -19,22 +41,26 @@ struct DecodePart {
 
 template <int kRows>
 OVFAST_INLINE void DecodeValues(const DecodePart& part, std::int64_t num_tiles, const float* scores,
-                                float* sums) {
+                                ReadAhead* ahead, float* sums) {
   const std::int64_t head_dim = part.head_dim, padded_dim = PaddedDim(head_dim);
+  const std::int64_t chunk = head_dim < kValueFloats / 8 ? kValueFloats / head_dim : 8;
+  const std::int64_t ask = chunk * kLanes / num_tiles;  // in a chunk as much as it has itself
   float ones[kRows];
   for (int row = 0; row < kRows; ++row) ones[row] = 1.0f;
-  for (std::int64_t first = 0; first < part.num_keys; first += kValueKeys) {
-    const std::int64_t count = SmallerOf(part.num_keys - first, kValueKeys);
+  for (std::int64_t first = 0; first < part.num_keys; first += chunk) {
+    const std::int64_t count = SmallerOf(part.num_keys - first, chunk);
     const float* const v = part.v + first * head_dim;
     for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
       const float* const weights = scores + tile * kRows * kPart + first;
       float* const totals = sums + tile * kRows * padded_dim;
       std::int64_t d = 0;
       for (; d + kLanes <= head_dim; d += kLanes) {
+        ahead->Ask(ask);
         ValueTile<kRows, 1, false>(weights, kPart, v + d, head_dim, 0, count, 0, ones, totals + d,
                                    padded_dim);
       }
       if (d < head_dim) {
+        ahead->Ask(ask);
         ValueTile<kRows, 1, true>(weights, kPart, v + d, head_dim, 0, count,
                                   static_cast<int>(head_dim - d), ones, totals + d, padded_dim);
       }
@@ -46,6 +72,11 @@ template <int kRows>
 OVFAST_INLINE void AttendPart(Team& team, const DecodePart& part) {
   const std::int64_t head_dim = part.head_dim, padded_dim = PaddedDim(head_dim);
   const std::int64_t num_tiles = CeilDiv(part.num_heads, kRows);
+  const std::int64_t part_floats = part.num_keys * head_dim;
+  ReadAhead ahead = {{part.k, part.v, part.next_k},
+                     {part_floats, part_floats, part.next_k == nullptr ? 0 : kAheadFloats},
+                     0};
+  ahead.Ask(kAheadFloats);
   const std::int64_t panel_floats = kLanes * head_dim;
   const std::int64_t query_floats = CeilDiv(num_tiles * kRows * head_dim, kLanes) * kLanes;
   const std::int64_t score_floats = num_tiles * kRows * kPart;
@@ -61,22 +92,29 @@ OVFAST_INLINE void AttendPart(Team& team, const DecodePart& part) {
                        head_dim, queries + tile * kRows * head_dim);
   }
   for (std::int64_t key = 0; key < part.num_keys; key += kLanes) {
+    ahead.Ask(panel_floats / 2);
     PackKeyPanel(part.k + key * head_dim, head_dim, part.num_keys - key, head_dim, panel);
     for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
+      ahead.Ask(panel_floats / 2 / num_tiles);
       ScoreTile<kRows, 1>(queries + tile * kRows * head_dim, panel, head_dim,
                           scores + tile * kRows * kPart + key, kPart);
     }
   }
-  const float scale = ScoreScale(head_dim);
-  for (std::int64_t head = 0; head < part.num_heads; ++head) {
-    float partial[kLanes];
-    Store(partial, Zero());
-    part.most[head] = kMinusInfinity;
-    SoftmaxRow(scores + head * kPart, part.num_keys, scale, part.most + head, partial);
-    part.weights[head] = Sum(Load(partial));
+  std::int64_t num_keys[kRows];
+  for (int row = 0; row < kRows; ++row) num_keys[row] = part.num_keys;
+  for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
+    float most[kLanes], factors[kLanes], partial[kRows * kLanes];
+    Store(most, Set(kMinusInfinity));
+    for (int row = 0; row < kRows; ++row) Store(partial + row * kLanes, Zero());
+    SoftmaxTile<kRows>(scores + tile * kRows * kPart, kPart, num_keys, ScoreScale(head_dim), most,
+                       partial, factors);
+    for (std::int64_t row = 0; row < kRows && tile * kRows + row < part.num_heads; ++row) {
+      part.most[tile * kRows + row] = most[row];
+      part.weights[tile * kRows + row] = Sum(Load(partial + row * kLanes));
+    }
   }
   for (std::int64_t i = 0; i < sum_floats; i += kLanes) Store(sums + i, Zero());
-  DecodeValues<kRows>(part, num_tiles, scores, sums);
+  DecodeValues<kRows>(part, num_tiles, scores, &ahead, sums);
   for (std::int64_t i = 0; i < part.num_heads * padded_dim; i += kLanes) {
     Store(part.values + i, Load(sums + i));
   }
@@ -165,6 +203,9 @@ void DecodeAttention(Team& team, const DecodeAttentionArgs& args) {
     part.num_heads = parts.group;
     part.k = args.k_cache + cached;
     part.v = args.v_cache + cached;
+    part.next_k = num_keys > (team.num_threads() + 1) * kPart
+                      ? part.k + team.num_threads() * kPart * head_dim
+                      : nullptr;
     part.num_keys = SmallerOf(num_keys, kPart);
     part.head_dim = head_dim;
     part.values = parts.Values(row_group, index);

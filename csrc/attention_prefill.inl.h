@@ -18,6 +18,8 @@ OVFAST_INLINE std::int64_t BlockFloats(std::int64_t head_dim) {
 OVFAST_INLINE void PackBlock(const float* k, const float* v, std::int64_t stride,
                              std::int64_t num_keys, std::int64_t head_dim, float* block) {
   num_keys = SmallerOf(num_keys, kKeyBlock);
+  PrefetchRows(k, stride, num_keys, head_dim);
+  PrefetchRows(v, stride, num_keys, head_dim);
   for (std::int64_t key = 0; key < num_keys; key += kLanes) {
     PackKeyPanel(k + key * stride, stride, num_keys - key, head_dim, block + key * head_dim);
   }
@@ -41,7 +43,7 @@ struct TileSums {
   float* queries;  // [head_dim][kTileRows]
   float* values;   // [kTileRows][padded head_dim]
   float* weights;  // [kTileRows][16]: partial sums of the weights
-  float* most;     // [kTileRows]: largest score
+  float* most;     // [16]: largest score of each row
 };
 
 template <int kRows>
@@ -59,27 +61,22 @@ OVFAST_INLINE void ValueRows(const float* weights, const float* values, std::int
   }
 }
 
-// Adds one block to a tile; num_keys are those of the tile's rows, counted from the block's first.
+// Adds one block to a tile; num_keys are those of the block that the tile's rows see.
 OVFAST_INLINE void AttendBlock(const float* block, const std::int64_t* num_keys,
                                std::int64_t head_dim, const TileSums& sums, float* scores) {
   const std::int64_t padded_dim = PaddedDim(head_dim);
-  const float scale = ScoreScale(head_dim);
-  const std::int64_t most_keys = SmallerOf(num_keys[kTileRows - 1], kKeyBlock);
+  const std::int64_t most_keys = num_keys[kTileRows - 1];
   ScoreRows<kTileRows>(sums.queries, block, CeilDiv(most_keys, kLanes), head_dim, scores,
                        kKeyBlock);
-  float factors[kTileRows];
-  for (int row = 0; row < kTileRows; ++row) {
-    const std::int64_t keys = SmallerOf(num_keys[row], kKeyBlock);
-    factors[row] = keys <= 0 ? 1.0f
-                             : SoftmaxRow(scores + row * kKeyBlock, keys, scale, sums.most + row,
-                                          sums.weights + row * kLanes);
-  }
+  float factors[kLanes];
+  SoftmaxTile<kTileRows>(scores, kKeyBlock, num_keys, ScoreScale(head_dim), sums.most, sums.weights,
+                         factors);
   const float* const values = block + kKeyBlock * head_dim;
-  const std::int64_t common = num_keys[0] < 0 ? 0 : SmallerOf(num_keys[0], kKeyBlock);
+  const std::int64_t common = num_keys[0] < 0 ? 0 : num_keys[0];
   ValueRows<kTileRows>(scores, values, common, padded_dim, factors, sums.values);
   const float one = 1.0f;
   for (int row = 1; row < kTileRows; ++row) {
-    const std::int64_t rest = SmallerOf(num_keys[row], kKeyBlock) - common;
+    const std::int64_t rest = num_keys[row] - common;
     if (rest <= 0) continue;
     ValueRows<1>(scores + row * kKeyBlock + common, values + common * kLanes, rest, padded_dim,
                  &one, sums.values + row * padded_dim);
@@ -111,6 +108,7 @@ OVFAST_INLINE void AttendChunk(Team& team, const QueryChunk& chunk) {
   float* const memory = static_cast<float*>(team.Scratch(
       static_cast<std::size_t>(num_tiles * tile_floats + kTileRows * kKeyBlock) * sizeof(float)));
   float* const scores = memory + num_tiles * tile_floats;
+  PrefetchRows(chunk.q, chunk.q_stride, chunk.num_rows, head_dim);
   TileSums tiles[kChunkTiles];
   for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
     TileSums& sums = tiles[tile];
@@ -130,7 +128,7 @@ OVFAST_INLINE void AttendChunk(Team& team, const QueryChunk& chunk) {
     for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
       std::int64_t num_keys[kTileRows];
       for (int row = 0; row < kTileRows; ++row) {
-        num_keys[row] = chunk.num_keys[tile * kTileRows + row] - first;
+        num_keys[row] = SmallerOf(chunk.num_keys[tile * kTileRows + row] - first, kKeyBlock);
       }
       if (num_keys[kTileRows - 1] > 0) {
         AttendBlock(block, num_keys, head_dim, tiles[tile], scores);

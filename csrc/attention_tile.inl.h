@@ -33,16 +33,26 @@ OVFAST_INLINE Vec Exp2(Vec x) {
   return AsFloat(AddI(AsInt(power), ShiftLeft<23>(AsInt(shifted))));
 }
 
+// Rows that lie pages apart arrive one after another unless they are all asked for at once.
+OVFAST_INLINE void PrefetchRows(const float* x, std::int64_t stride, std::int64_t num_rows,
+                                std::int64_t width) {
+  for (std::int64_t row = 0; row < num_rows; ++row) {
+    for (std::int64_t i = 0; i < width; i += kLanes) __builtin_prefetch(x + row * stride + i);
+  }
+}
+
 // One panel of keys; lanes from num_keys on repeat the last key, and no result of theirs is used.
 OVFAST_INLINE void PackKeyPanel(const float* k, std::int64_t k_stride, std::int64_t num_keys,
                                 std::int64_t head_dim, float* panel) {
   std::int64_t d = 0;
-  for (; d + 8 <= head_dim; d += 8) {
-    if (num_keys >= kLanes) {
+  if (num_keys >= kLanes) {
+    for (; d + 8 <= head_dim; d += 8) {
       Transpose8(k + d, k_stride, 8, panel + d * kLanes, kLanes);
       Transpose8(k + d + 8 * k_stride, k_stride, 8, panel + d * kLanes + 8, kLanes);
-    } else {
-      const std::int64_t high = num_keys > 8 ? 8 : num_keys - 1;
+    }
+  } else {
+    const std::int64_t high = num_keys > 8 ? 8 : num_keys - 1;  // first key of the upper lanes
+    for (; d + 8 <= head_dim; d += 8) {
       Transpose8(k + d, k_stride, num_keys, panel + d * kLanes, kLanes);
       Transpose8(k + d + high * k_stride, k_stride, num_keys - high, panel + d * kLanes + 8,
                  kLanes);
@@ -78,6 +88,36 @@ OVFAST_INLINE void PackQueries(const float* q, std::int64_t q_stride, std::int64
   }
 }
 
+// Terms that a small tile adds in a round of its loop: the processor foresees the end of a loop of
+// few rounds. A large tile has no registers to spare for that.
+constexpr int StepsOf(int num_sums) { return num_sums <= 4 ? 8 : 1; }
+
+// sums[row][panel] += factors[row · factor_stride] · panels[panel][…], one term of each sum.
+template <int kRows, int kPanels, bool kIsPart>
+OVFAST_INLINE void AddTerm(const float* factors, std::int64_t factor_stride, const float* panels,
+                           std::int64_t panel_stride, int width, Vec (&sums)[kRows][kPanels]) {
+  Vec terms[kPanels];
+  for (int panel = 0; panel < kPanels; ++panel) {
+    const float* const from = panels + panel * panel_stride;
+    terms[panel] = kIsPart ? LoadPart(from, width) : Load(from);
+  }
+  for (int row = 0; row < kRows; ++row) {
+    const Vec factor = Set(factors[row * factor_stride]);
+    for (int panel = 0; panel < kPanels; ++panel) {
+      sums[row][panel] = Fma(factor, terms[panel], sums[row][panel]);
+    }
+  }
+}
+
+template <int kRows, int kPanels>
+OVFAST_INLINE void StoreSums(const Vec (&sums)[kRows][kPanels], float* out, std::int64_t stride) {
+  for (int row = 0; row < kRows; ++row) {
+    for (int panel = 0; panel < kPanels; ++panel) {
+      Store(out + row * stride + panel * kLanes, sums[row][panel]);
+    }
+  }
+}
+
 // scores[row][key] = Σ_d q[row][d] · k[key][d] over kPanels panels of keys.
 template <int kRows, int kPanels>
 OVFAST_INLINE void ScoreTile(const float* queries, const float* panels, std::int64_t head_dim,
@@ -86,23 +126,20 @@ OVFAST_INLINE void ScoreTile(const float* queries, const float* panels, std::int
   for (int row = 0; row < kRows; ++row) {
     for (int panel = 0; panel < kPanels; ++panel) sums[row][panel] = Zero();
   }
-  for (std::int64_t d = 0; d < head_dim; ++d) {
-    Vec keys[kPanels];
-    for (int panel = 0; panel < kPanels; ++panel) {
-      keys[panel] = Load(panels + (panel * head_dim + d) * kLanes);
-    }
-    for (int row = 0; row < kRows; ++row) {
-      const Vec query = Set(queries[d * kRows + row]);
-      for (int panel = 0; panel < kPanels; ++panel) {
-        sums[row][panel] = Fma(query, keys[panel], sums[row][panel]);
-      }
+  const std::int64_t panel_stride = head_dim * kLanes;
+  constexpr int kSteps = StepsOf(kRows * kPanels);
+  std::int64_t d = 0;
+  for (; kSteps > 1 && d + kSteps <= head_dim; d += kSteps) {
+    for (int step = 0; step < kSteps; ++step) {
+      AddTerm<kRows, kPanels, false>(queries + (d + step) * kRows, 1, panels + (d + step) * kLanes,
+                                     panel_stride, 0, sums);
     }
   }
-  for (int row = 0; row < kRows; ++row) {
-    for (int panel = 0; panel < kPanels; ++panel) {
-      Store(scores + row * score_stride + panel * kLanes, sums[row][panel]);
-    }
+  for (; d < head_dim; ++d) {
+    AddTerm<kRows, kPanels, false>(queries + d * kRows, 1, panels + d * kLanes, panel_stride, 0,
+                                   sums);
   }
+  StoreSums(sums, scores, score_stride);
 }
 
 template <int kRows>
@@ -133,50 +170,61 @@ OVFAST_INLINE void ValueTile(const float* weights, std::int64_t weight_stride, c
       totals[row][panel] = Mul(factor, Load(sums + row * sum_stride + panel * kLanes));
     }
   }
-  for (std::int64_t key = 0; key < num_keys; ++key) {
-    Vec value[kPanels];
-    for (int panel = 0; panel < kPanels; ++panel) {
-      const float* const from = values + key * value_stride + panel * panel_stride;
-      value[panel] = kIsPart ? LoadPart(from, width) : Load(from);
-    }
-    for (int row = 0; row < kRows; ++row) {
-      const Vec weight = Set(weights[row * weight_stride + key]);
-      for (int panel = 0; panel < kPanels; ++panel) {
-        totals[row][panel] = Fma(weight, value[panel], totals[row][panel]);
-      }
+  constexpr int kSteps = StepsOf(kRows * kPanels);
+  std::int64_t key = 0;
+  for (; kSteps > 1 && key + kSteps <= num_keys; key += kSteps) {
+    for (int step = 0; step < kSteps; ++step) {
+      AddTerm<kRows, kPanels, kIsPart>(weights + key + step, weight_stride,
+                                       values + (key + step) * value_stride, panel_stride, width,
+                                       totals);
     }
   }
-  for (int row = 0; row < kRows; ++row) {
-    for (int panel = 0; panel < kPanels; ++panel) {
-      Store(sums + row * sum_stride + panel * kLanes, totals[row][panel]);
-    }
+  for (; key < num_keys; ++key) {
+    AddTerm<kRows, kPanels, kIsPart>(weights + key, weight_stride, values + key * value_stride,
+                                     panel_stride, width, totals);
   }
+  StoreSums(totals, sums, sum_stride);
 }
 
-// One row of scores becomes weights 2^((score - most) · scale), `most` being the largest so far.
-// `scores` holds whole panels, of which the last may be filled up; `sums` are 16 partial sums of
-// the weights. Returns the factor for everything that was summed with the old maximum.
-OVFAST_INLINE float SoftmaxRow(float* scores, std::int64_t num_keys, float scale, float* most,
-                               float* sums) {
-  const std::int64_t end = CeilDiv(num_keys, kLanes) * kLanes;
-  for (std::int64_t key = num_keys; key < end; ++key) scores[key] = kMinusInfinity;
-  Vec largest = Load(scores);
-  for (std::int64_t key = kLanes; key < end; key += kLanes) {
-    largest = Max(largest, Load(scores + key));
+// Scores become weights 2^((score - most) · scale), `most` being a row's largest so far. Each stage
+// takes all rows before the next one starts, or every row would wait for its own maximum.
+//
+// scores: rows score_stride apart, whole panels, of which a row's last may be filled up.
+// num_keys: of each row; 0 or less leaves the row as it is.
+// most: [16], updated. sums: [kRows][16], partial sums of the weights, updated.
+// factors: [16], what everything summed with the old maxima must be multiplied with.
+template <int kRows>
+OVFAST_INLINE void SoftmaxTile(float* scores, std::int64_t score_stride,
+                               const std::int64_t* num_keys, float scale, float* most, float* sums,
+                               float* factors) {
+  static_assert(kRows <= kLanes, "the rows' maxima are the lanes of a Vec");
+  float block_most[kLanes];
+  Store(block_most, Set(kMinusInfinity));
+  for (int row = 0; row < kRows; ++row) {
+    if (num_keys[row] <= 0) continue;
+    float* const part = scores + row * score_stride;
+    const std::int64_t end = CeilDiv(num_keys[row], kLanes) * kLanes;
+    for (std::int64_t key = num_keys[row]; key < end; ++key) part[key] = kMinusInfinity;
+    Vec largest = Load(part);
+    for (std::int64_t key = kLanes; key < end; key += kLanes) {
+      largest = Max(largest, Load(part + key));
+    }
+    block_most[row] = MaxOf(largest);
   }
-  const float block_most = MaxOf(largest);
-  const float new_most = block_most > *most ? block_most : *most;
-  const Vec scales = Set(scale), offset = Set(new_most);
-  Vec total = Zero();
-  for (std::int64_t key = 0; key < end; key += kLanes) {
-    const Vec weight = Exp2(Mul(Sub(Load(scores + key), offset), scales));
-    Store(scores + key, weight);
-    total = Add(total, weight);
+  const Vec old_most = Load(most), new_most = Max(old_most, Load(block_most));
+  Store(most, new_most);
+  Store(factors, Exp2(Mul(Sub(old_most, new_most), Set(scale))));
+  const Vec scales = Set(scale);
+  for (int row = 0; row < kRows; ++row) {
+    if (num_keys[row] <= 0) continue;
+    float* const part = scores + row * score_stride;
+    const Vec offset = Set(most[row]);
+    Vec total = Mul(Set(factors[row]), Load(sums + row * kLanes));
+    for (std::int64_t key = 0; key < num_keys[row]; key += kLanes) {
+      const Vec weight = Exp2(Mul(Sub(Load(part + key), offset), scales));
+      Store(part + key, weight);
+      total = Add(total, weight);
+    }
+    Store(sums + row * kLanes, total);
   }
-  const Vec change = Exp2(Set((*most - new_most) * scale));
-  Store(sums, Fma(change, Load(sums), total));
-  *most = new_most;
-  float factor[kLanes];
-  Store(factor, change);
-  return factor[0];
 }

@@ -1,27 +1,34 @@
 // Linear layers on weights in float32, float16 or bfloat16; the arithmetic is float32.
 //
-// An output is a sum over panels of kPanel inputs, each summed on its own, from its first input to
-// its last, in one lane. So its bits do not depend on the tile that computes it, and short sums
+// An output is a sum over chains of kChain inputs, each summed on its own, from its first input to
+// its last, in one lane. So its bits do not depend on the tile that computes it, and short chains
 // keep the error small.
 //
 // Up to kTileRows rows are bound by memory: the weights stream through registers once. With more, a
-// task takes a chunk of rows and a group of blocks: a panel of a block, expanded to float32, stays
-// in L1 while the tiles of rows pass over it, the chunk's inputs of the panel stay in L2.
+// task takes a chunk of rows and a group of blocks. The chunk's inputs of a panel and its totals
+// stay in L2; a panel of a block, expanded to float32, stays in L1 while the tiles of rows pass
+// over it. The sizes are those that ran best with 32 KiB of L1 and 512 KiB of L2.
 
-constexpr std::int64_t kPanel = 256;         // inputs summed on their own; even
+constexpr std::int64_t kPanel = kTileBlocks == 1 ? 320 : 192;  // inputs of a panel
+// Half a panel: shorter chains cost time (64: 3 %), longer ones miss the bound on the error.
+constexpr std::int64_t kChain = kPanel / 2;
+constexpr std::int64_t kMostRows = 96;       // of a task on many rows
+constexpr std::int64_t kMostBlocks = 48;     // of a task on many rows; even
 constexpr std::int64_t kStreamBlocks = 4;    // of a task on few rows; even
-constexpr std::int64_t kMostBlocks = 8;      // of a task on many rows
-constexpr std::int64_t kMostRows = 192;      // of a task on many rows
 constexpr std::int64_t kTasksPerThread = 8;  // wanted, so that no thread waits long for the last
+constexpr std::int64_t kAheadBytes = 1024;   // between what is read and what is asked for
 
 template <WeightKind kKind>
 constexpr std::int64_t kWeightBytes = kKind == WeightKind::kFloat32 ? 4 : 2;
 
+inline std::int64_t LeastOf(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
 // Weights of two neighbouring inputs in a line of bfloat16: those of the even one are the low
-// halves of the 32-bit lanes.
+// halves of the 32-bit lanes. Two shifts instead of a mask: where a tile fills the registers there
+// is none left for the mask.
 OVFAST_INLINE Vec EvenBrain(VecI pairs) { return AsFloat(ShiftLeft<16>(pairs)); }
 OVFAST_INLINE Vec OddBrain(VecI pairs) {
-  return AsFloat(AndI(pairs, SetI(static_cast<std::int32_t>(0xffff0000u))));
+  return AsFloat(ShiftLeft<16>(ShiftRightUnsigned<16>(pairs)));
 }
 
 // The 16 weights of input k in a block, k counted from where `weights` points to.
@@ -52,50 +59,60 @@ OVFAST_INLINE void AddInput(const float* x, std::int64_t x_stride, const Vec (&w
 }
 
 // The sums of a panel of num_k inputs for a tile of rows and blocks become the totals (row-major,
-// 16 columns a block), or are added to them.
-template <WeightKind kKind, int kRows, int kBlocks>
+// 16 columns a block), or are added to them. Meanwhile memory from `ahead` on comes to L2,
+// ahead_step bytes an input: a few at a time, because many at once hold up the loads behind them.
+template <WeightKind kKind, int kRows, int kBlocks, bool kPrefetches>
 inline void SumPanel(const float* x, std::int64_t x_stride, const std::uint8_t* const* blocks,
-                     std::int64_t num_k, bool adds, float* totals, std::int64_t totals_stride) {
+                     std::int64_t num_k, const std::uint8_t* ahead, std::int64_t ahead_step,
+                     bool adds, float* totals, std::int64_t totals_stride) {
   const std::uint8_t* from[kBlocks];
 #pragma GCC unroll 4
   for (int block = 0; block < kBlocks; ++block) from[block] = blocks[block];
-  Vec sums[kRows][kBlocks];
+  for (std::int64_t first = 0; first < num_k; first += kChain) {
+    Vec sums[kRows][kBlocks];
 #pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row) {
+    for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
-    for (int block = 0; block < kBlocks; ++block) sums[row][block] = Zero();
-  }
-  std::int64_t k = 0;
-  if constexpr (kKind == WeightKind::kBfloat16) {
-    for (; k + 2 <= num_k; k += 2) {
-      VecI pairs[kBlocks];
+      for (int block = 0; block < kBlocks; ++block) sums[row][block] = Zero();
+    }
+    std::int64_t k = first;
+    const std::int64_t end = LeastOf(first + kChain, num_k);
+    if constexpr (kKind == WeightKind::kBfloat16) {
+      for (; k + 2 <= end; k += 2) {
+        if constexpr (kPrefetches) __builtin_prefetch(ahead + k * ahead_step, 0, 2);
+        Vec weights[kBlocks];
+#pragma GCC unroll 4
+        for (int block = 0; block < kBlocks; ++block) {
+          weights[block] = WeightsOf<kKind>(from[block], k);
+        }
+        AddInput<kRows, kBlocks>(x + k, x_stride, weights, sums);
+        // Keeps the compiler from loading for the odd input early: it would run out of registers.
+        __asm__ volatile("" ::: "memory");
+#pragma GCC unroll 4
+        for (int block = 0; block < kBlocks; ++block) {
+          weights[block] = WeightsOf<kKind>(from[block], k + 1);
+        }
+        AddInput<kRows, kBlocks>(x + k + 1, x_stride, weights, sums);
+      }
+    }
+    for (; k < end; ++k) {
+      if constexpr (kPrefetches) __builtin_prefetch(ahead + k * ahead_step, 0, 2);
       Vec weights[kBlocks];
 #pragma GCC unroll 4
       for (int block = 0; block < kBlocks; ++block) {
-        pairs[block] = LoadI(from[block] + k * kBlock * 2);
-        weights[block] = EvenBrain(pairs[block]);
+        weights[block] = WeightsOf<kKind>(from[block], k);
       }
       AddInput<kRows, kBlocks>(x + k, x_stride, weights, sums);
-#pragma GCC unroll 4
-      for (int block = 0; block < kBlocks; ++block) weights[block] = OddBrain(pairs[block]);
-      AddInput<kRows, kBlocks>(x + k + 1, x_stride, weights, sums);
     }
-  }
-  for (; k < num_k; ++k) {
-    Vec weights[kBlocks];
-#pragma GCC unroll 4
-    for (int block = 0; block < kBlocks; ++block) {
-      weights[block] = WeightsOf<kKind>(from[block], k);
-    }
-    AddInput<kRows, kBlocks>(x + k, x_stride, weights, sums);
-  }
 #pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row) {
-    float* const total = totals + row * totals_stride;
+    for (int row = 0; row < kRows; ++row) {
+      float* const total = totals + row * totals_stride;
 #pragma GCC unroll 4
-    for (int block = 0; block < kBlocks; ++block) {
-      const Vec sum = sums[row][block];
-      Store(total + block * kBlock, adds ? Add(Load(total + block * kBlock), sum) : sum);
+      for (int block = 0; block < kBlocks; ++block) {
+        const Vec sum = sums[row][block];
+        Store(total + block * kBlock,
+              adds || first > 0 ? Add(Load(total + block * kBlock), sum) : sum);
+      }
     }
   }
 }
@@ -119,13 +136,13 @@ inline void FinishTotals(const LinearArgs& args, std::int64_t first_row, std::in
   }
 }
 
-inline std::int64_t LeastOf(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-
 // All kRows rows of x for kStreamBlocks blocks. As many blocks side by side as hide the latency of
 // the multiply-adds and fit the registers; where fewer are left, the last one is summed twice.
+// One stream alone is too few for the processor's own look-ahead, so it is told what comes.
 template <WeightKind kKind, int kRows>
 inline void StreamBlocks(const LinearArgs& args, std::int64_t first_block) {
-  constexpr int kSide = kRows == 1 ? 4 : kRows <= 3 ? 2 : kTileBlocks;
+  constexpr int kMostOfTwo = kKind == WeightKind::kFloat32 ? 3 : 2;  // rows, for two blocks
+  constexpr int kSide = kRows == 1 ? 4 : kRows <= kMostOfTwo ? 2 : kTileBlocks;
   const PackedMatrix& matrix = args.matrix;
   const std::int64_t block_bytes = PaddedCols(matrix.cols) * kBlock * kWeightBytes<kKind>;
   const std::int64_t num_blocks = LeastOf(kStreamBlocks, NumBlocks(matrix.rows) - first_block);
@@ -137,9 +154,10 @@ inline void StreamBlocks(const LinearArgs& args, std::int64_t first_block) {
         const std::int64_t index = first_block + LeastOf(block + i, num_blocks - 1);
         blocks[i] = matrix.data + index * block_bytes + k * kBlock * kWeightBytes<kKind>;
       }
-      SumPanel<kKind, kRows, kSide>(args.x + k, args.x_stride, blocks,
-                                    LeastOf(kPanel, matrix.cols - k), k > 0,
-                                    totals + block * kBlock, kStreamBlocks * kBlock);
+      SumPanel<kKind, kRows, kSide, kSide == kTileBlocks>(
+          args.x + k, args.x_stride, blocks, LeastOf(kPanel, matrix.cols - k),
+          blocks[0] + kAheadBytes, kBlock * kWeightBytes<kKind>, k > 0, totals + block * kBlock,
+          kStreamBlocks * kBlock);
     }
   }
   FinishTotals(args, 0, kRows, first_block, num_blocks, totals, kStreamBlocks * kBlock);
@@ -155,18 +173,20 @@ inline void StreamRows(Team& team, const LinearArgs& args) {
            [&](std::int64_t i) { StreamBlocks<kKind, kRows>(args, i * kStreamBlocks); });
 }
 
-// SumPanel on a panel in float32, for a number of rows known at run time.
+// SumPanel on panels in float32, for a number of rows known at run time.
 template <int kRows>
 inline void SumTile(std::int64_t num_rows, const float* x, std::int64_t x_stride,
-                    const std::uint8_t* const* blocks, std::int64_t num_k, bool adds, float* totals,
+                    const std::uint8_t* const* blocks, std::int64_t num_k,
+                    const std::uint8_t* ahead, std::int64_t ahead_step, bool adds, float* totals,
                     std::int64_t totals_stride) {
   if constexpr (kRows > 1) {
     if (num_rows < kRows) {
-      return SumTile<kRows - 1>(num_rows, x, x_stride, blocks, num_k, adds, totals, totals_stride);
+      return SumTile<kRows - 1>(num_rows, x, x_stride, blocks, num_k, ahead, ahead_step, adds,
+                                totals, totals_stride);
     }
   }
-  SumPanel<WeightKind::kFloat32, kRows, kTileBlocks>(x, x_stride, blocks, num_k, adds, totals,
-                                                     totals_stride);
+  SumPanel<WeightKind::kFloat32, kRows, kTileBlocks, true>(x, x_stride, blocks, num_k, ahead,
+                                                           ahead_step, adds, totals, totals_stride);
 }
 
 // The panel of num_k inputs of a block to float32.
@@ -183,47 +203,104 @@ inline void ExpandPanel(const std::uint8_t* block, std::int64_t num_k, float* pa
   }
 }
 
+constexpr std::int64_t kInputsStride = kPanel + 16;  // another set of L1 for each row
+constexpr std::int64_t kTotalsStride = kMostBlocks * kBlock;
+
 // A task on many rows.
 struct RowChunk {
   std::int64_t first_row, num_rows;
   std::int64_t first_block, num_blocks;
   float* panels;  // (kTileBlocks, kPanel, 16), scratch
-  float* totals;  // (num_rows, kMostBlocks · 16), scratch
+  float* inputs;  // (num_rows, kInputsStride), scratch
+  float* totals;  // (num_rows, kTotalsStride), scratch
 };
+
+// Copies a panel of the inputs, so that the rows lie side by side: where they come from, they may
+// be a multiple of 4 KiB apart, and L1 holds only eight lines at such distances.
+inline void CopyInputs(const float* x, std::int64_t x_stride, std::int64_t num_rows,
+                       std::int64_t num_k, float* inputs) {
+  for (std::int64_t row = 0; row < num_rows; ++row) {
+    const float* const from = x + row * x_stride;
+    float* const to = inputs + row * kInputsStride;
+    std::int64_t k = 0;
+    for (; k + kLanes <= num_k; k += kLanes) Store(to + k, Load(from + k));
+    if (k < num_k) Store(to + k, LoadPart(from + k, static_cast<int>(num_k - k)));
+  }
+}
+
+// Outputs of the newest kTileBlocks blocks of a tile; a pair is due when its second block is there.
+inline void FinishTile(const LinearArgs& args, const RowChunk& chunk, std::int64_t row,
+                       std::int64_t num_rows, std::int64_t block) {
+  const bool is_paired = args.activation == Activation::kSiluMul;
+  if (is_paired && (block + kTileBlocks) % 2 != 0) return;
+  const std::int64_t first = is_paired ? block / 2 * 2 : block;
+  FinishTotals(args, chunk.first_row + row, num_rows, chunk.first_block + first,
+               LeastOf(block + kTileBlocks, chunk.num_blocks) - first,
+               chunk.totals + row * kTotalsStride + first * kBlock, kTotalsStride);
+}
+
+// Asks for the lines that FinishTile will write: a row's next line is on another page, and without
+// this every one would be waited for.
+inline void PrefetchOutputs(const LinearArgs& args, const RowChunk& chunk, std::int64_t row,
+                            std::int64_t num_rows, std::int64_t block) {
+  const std::int64_t col = (chunk.first_block + block) * kBlock;
+  const float* out = args.out + (chunk.first_row + row) * args.out_stride +
+                     (args.activation == Activation::kSiluMul ? col / 2 : col);
+  for (std::int64_t i = 0; i < num_rows; ++i) __builtin_prefetch(out + i * args.out_stride, 1, 3);
+}
+
+// All tiles of rows on one panel of kTileBlocks blocks. Meanwhile the bytes from `ahead` on, those
+// of the next panel, come to L2.
+inline void SumTiles(const LinearArgs& args, const RowChunk& chunk, std::int64_t block,
+                     const std::uint8_t* const* blocks, std::int64_t k, const std::uint8_t* ahead,
+                     std::int64_t ahead_bytes) {
+  const std::int64_t num_k = LeastOf(kPanel, args.matrix.cols - k);
+  const bool is_last = k + kPanel >= args.matrix.cols;
+  // Tiles of even height: a tile of one row costs as much as one of four.
+  const std::int64_t num_tiles = (chunk.num_rows + kTileRows - 1) / kTileRows;
+  const std::int64_t low_rows = chunk.num_rows / num_tiles, num_high = chunk.num_rows % num_tiles;
+  const std::int64_t ahead_step = (ahead_bytes + num_tiles * num_k - 1) / (num_tiles * num_k);
+  std::int64_t row = 0;
+  for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
+    const std::int64_t num_rows = low_rows + (tile < num_high ? 1 : 0);
+    if (is_last) PrefetchOutputs(args, chunk, row, num_rows, block);
+    float* const totals = chunk.totals + row * kTotalsStride;
+    SumTile<kTileRows>(num_rows, chunk.inputs + row * kInputsStride, kInputsStride, blocks, num_k,
+                       ahead + tile * num_k * ahead_step, ahead_step, k > 0,
+                       totals + block * kBlock, kTotalsStride);
+    if (is_last) FinishTile(args, chunk, row, num_rows, block);
+    row += num_rows;
+  }
+}
 
 template <WeightKind kKind>
 inline void SumChunk(const LinearArgs& args, const RowChunk& chunk) {
   const PackedMatrix& matrix = args.matrix;
-  const std::int64_t block_bytes = PaddedCols(matrix.cols) * kBlock * kWeightBytes<kKind>;
-  const std::int64_t num_tiles = (chunk.num_rows + kTileRows - 1) / kTileRows;
-  const std::int64_t totals_stride = kMostBlocks * kBlock;
-  const float* const x = args.x + chunk.first_row * args.x_stride;
+  constexpr std::int64_t kInputBytes = kBlock * kWeightBytes<kKind>;  // of one input of a block
+  const std::int64_t block_bytes = PaddedCols(matrix.cols) * kInputBytes;
   const std::uint8_t* const weights = matrix.data + chunk.first_block * block_bytes;
   for (std::int64_t k = 0; k < matrix.cols; k += kPanel) {
     const std::int64_t num_k = LeastOf(kPanel, matrix.cols - k);
+    CopyInputs(args.x + chunk.first_row * args.x_stride + k, args.x_stride, chunk.num_rows, num_k,
+               chunk.inputs);
     for (std::int64_t block = 0; block < chunk.num_blocks; block += kTileBlocks) {
       const std::uint8_t* blocks[kTileBlocks];
       for (int i = 0; i < kTileBlocks; ++i) {
         const std::int64_t index = LeastOf(block + i, chunk.num_blocks - 1);
-        blocks[i] = weights + index * block_bytes + k * kBlock * kWeightBytes<kKind>;
+        blocks[i] = weights + index * block_bytes + k * kInputBytes;
         if constexpr (kKind != WeightKind::kFloat32) {
           float* const panel = chunk.panels + i * kPanel * kBlock;
           ExpandPanel<kKind>(blocks[i], num_k, panel);
           blocks[i] = reinterpret_cast<const std::uint8_t*>(panel);
         }
       }
-      for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
-        // Tiles of even height: a low one costs as much as a high one.
-        const std::int64_t row = tile * chunk.num_rows / num_tiles;
-        const std::int64_t num_rows = (tile + 1) * chunk.num_rows / num_tiles - row;
-        SumTile<kTileRows>(num_rows, x + row * args.x_stride + k, args.x_stride, blocks, num_k,
-                           k > 0, chunk.totals + row * totals_stride + block * kBlock,
-                           totals_stride);
-      }
+      const bool is_end = block + kTileBlocks >= chunk.num_blocks;
+      const std::int64_t next_block = is_end ? 0 : block + kTileBlocks;
+      const std::int64_t next_k = is_end ? LeastOf(k + kPanel, matrix.cols - 1) : k;
+      SumTiles(args, chunk, block, blocks, k,
+               weights + next_block * block_bytes + next_k * kInputBytes, kPanel * kInputBytes);
     }
   }
-  FinishTotals(args, chunk.first_row, chunk.num_rows, chunk.first_block, chunk.num_blocks,
-               chunk.totals, totals_stride);
 }
 
 template <WeightKind kKind>
@@ -231,26 +308,28 @@ inline void LinearOfKind(Team& team, const LinearArgs& args) {
   if (args.num_rows <= kTileRows) return StreamRows<kKind, kTileRows>(team, args);
   const std::int64_t num_blocks = NumBlocks(args.matrix.rows);
   const std::int64_t num_chunks = (args.num_rows + kMostRows - 1) / kMostRows;
-  const std::int64_t chunk_tiles =
-      (args.num_rows + num_chunks * kTileRows - 1) / (num_chunks * kTileRows);
-  const std::int64_t chunk_rows = chunk_tiles * kTileRows;
-  std::int64_t group = kMostBlocks;
+  const std::int64_t chunk_rows = (args.num_rows + num_chunks - 1) / num_chunks;
   const std::int64_t wanted = kTasksPerThread * team.num_threads();
-  while (group > 2 && num_chunks * num_blocks < wanted * group) group /= 2;
+  const std::int64_t least_groups = (num_blocks + kMostBlocks - 1) / kMostBlocks;
+  const std::int64_t wanted_groups = (wanted + num_chunks - 1) / num_chunks;
+  const std::int64_t most_groups = least_groups > wanted_groups ? least_groups : wanted_groups;
+  const std::int64_t group = ((num_blocks + most_groups - 1) / most_groups + 1) / 2 * 2;
   const std::int64_t num_groups = (num_blocks + group - 1) / group;
-  const std::int64_t panel_floats = kTileBlocks * kPanel * kBlock;
-  // Chunks of the same weights follow one another: the weights come from the cache.
+  // Chunks on the same weights follow one another: the weights come from the cache.
   team.For(num_chunks * num_groups, [&](std::int64_t i) {
     RowChunk chunk;
     chunk.first_row = i % num_chunks * chunk_rows;
     chunk.num_rows = LeastOf(chunk_rows, args.num_rows - chunk.first_row);
     chunk.first_block = i / num_chunks * group;
     chunk.num_blocks = LeastOf(group, num_blocks - chunk.first_block);
-    const std::int64_t floats = panel_floats + chunk_rows * kMostBlocks * kBlock;
+    constexpr std::int64_t kPanelFloats = kTileBlocks * kPanel * kBlock;
+    const std::int64_t input_floats = chunk_rows * kInputsStride;
+    const std::int64_t floats = kPanelFloats + input_floats + chunk_rows * kTotalsStride;
     chunk.panels =
         static_cast<float*>(team.Scratch(static_cast<std::size_t>(floats) * sizeof(float)));
-    chunk.totals = chunk.panels + panel_floats;
-    if (chunk.num_rows > 0) SumChunk<kKind>(args, chunk);
+    chunk.inputs = chunk.panels + kPanelFloats;
+    chunk.totals = chunk.inputs + input_floats;
+    SumChunk<kKind>(args, chunk);
   });
 }
 

@@ -5,6 +5,7 @@ interrupt cut repeatable; only where logits come from differs. A request's bits 
 neighbours: the kernels promise that.
 """
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ovfast.sampling import philox_uniform
 
 __all__ = ["NativeRunner", "make_decoder"]
 
+logger = logging.getLogger(__name__)
 MAX_FLOAT32 = torch.finfo(torch.float32).max
 
 
@@ -114,16 +116,21 @@ class NativeRunner(EagerRunner):
         states = [self._active[slot] for slot in slots]
         positions = [state.num_prompt + state.num_tokens - 1 for state in states]
         greedy = np.empty(len(slots), np.int32)
-        self._decoder.step(
-            self._k_cache,
-            self._v_cache,
-            np.array([state.last_token for state in states], np.int32),
-            np.array(slots, np.int32),
-            np.array(positions, np.int32),
-            self._forbidden_bytes,
-            self._logits.numpy(),
-            greedy,
-        )
+        try:
+            self._decoder.step(
+                self._k_cache,
+                self._v_cache,
+                np.array([state.last_token for state in states], np.int32),
+                np.array(slots, np.int32),
+                np.array(positions, np.int32),
+                self._forbidden_bytes,
+                self._logits.numpy(),
+                greedy,
+            )
+        except Exception:
+            # `_step` decodes each alone then: a request's failure is not its neighbours'.
+            logger.warning("a joint decode step failed; going on one by one", exc_info=True)
+            return
         for row, (slot, state, position, token) in enumerate(
             zip(slots, states, positions, greedy.tolist(), strict=True)
         ):

@@ -4,6 +4,7 @@ The path of a device that reads pictures, on a CPU with the reference's resampli
 buffer, windows, order of passes, padding. The kernels have their own tests.
 """
 
+import importlib.util
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ SIDE = 28
 GRID = tuple((SIDE * h, SIDE * w) for h in range(1, 7) for w in range(1, 7))
 GEOMETRY = VisualGeometry(SIDE, 14, GRID, 9)
 OPS = replace(make_ops(CPU, "reference"), reads_pictures=True, views_a_step=64)
+HAS_NATIVE = importlib.util.find_spec("ovfast._C") is not None
 # Square, larger, smaller, both extreme ratios, sides equal to the tower's, one pixel.
 SIZES = [(28, 28), (91, 150), (150, 91), (9, 5), (1, 300), (300, 1), (28, 90), (90, 28), (1, 1)]
 
@@ -34,8 +36,8 @@ def views_of(pixels) -> np.ndarray:
     return np.stack([cut_view(pixels.buffer, window, SIDE).numpy() for window in windows])
 
 
-def check(media, plans) -> None:
-    loaded = PixelLoader(OPS, CPU).load(media, plans)
+def check(media, plans, ops=OPS) -> None:
+    loaded = PixelLoader(ops, CPU).load(media, plans)
     assert loaded.num_views == sum(plan.num_views for plan in plans)
     np.testing.assert_array_equal(views_of(loaded), build_media_views(media, plans))
 
@@ -63,7 +65,7 @@ def test_random_sizes():
         check([picture(size_hw)], [plan])
 
 
-def test_everything_at_once():
+def everything():
     options = VisualOptions(token_policy="anyres")
     media, plans = [], []
     for size_hw in SIZES:
@@ -71,7 +73,18 @@ def test_everything_at_once():
         plans.append(plan_image(size_hw, GEOMETRY, options, num_images=len(SIZES)))
     media.insert(2, np.stack([picture((40, 55), frame) for frame in range(3)]))
     plans.insert(2, plan_video(3, (40, 55), GEOMETRY, options))
-    check(media, plans)
+    return media, plans
+
+
+def test_everything_at_once():
+    check(*everything())
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="the native extension is not built")
+def test_everything_by_the_native_back_end():
+    ops = make_ops(CPU, "native", threads=2)
+    assert ops.reads_pictures
+    check(*everything(), ops)
 
 
 def test_groups_cover_all_views():

@@ -89,9 +89,19 @@ def test_steps_serve_all_threads(engine: Engine, monkeypatch: pytest.MonkeyPatch
     assert active.count(2) > 50
 
 
+@pytest.fixture
+def eager(tiny_checkpoint: Path) -> Iterator[Engine]:
+    """An engine whose requests decode one by one, by methods that tests can break."""
+    options = {"max_batch_size": NUM_SLOTS, "max_seq_len": 4096, "backend": "reference"}
+    with open_engine(tiny_checkpoint, **options) as engine:
+        yield engine
+        assert free_slots(engine) == NUM_SLOTS
+
+
 def test_an_error_in_one_request_is_not_its_neighbours(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    eager: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    engine = eager
     expected = tokens_of(engine, "image")
     decode = LlavaOnevision.decode
 
@@ -113,7 +123,8 @@ def test_an_error_in_one_request_is_not_its_neighbours(
     assert tokens_of(engine, "image") == expected
 
 
-def test_an_error_in_prefill_or_in_a_batch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_prefill_or_in_a_batch(eager: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = eager
     expected = tokens_of(engine, "three_images")
     for owner, name in ((SiglipTower, "encode"), (Qwen2, "prefill"), (Qwen2, "decode")):
         with monkeypatch.context() as patch:

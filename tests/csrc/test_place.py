@@ -107,7 +107,7 @@ def test_features_without_weight_are_not_read(isa: str) -> None:
     expected = torch.stack(
         [projected[0] * 0.5 + projected[1] * 0.25 + projected[2] * 0.25, projected[:2].mean(0)]
     )
-    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(out, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_text_between_features(isa: str) -> None:

@@ -154,8 +154,8 @@ def rope(m: Maker) -> Arguments:
     heads = kv_heads * groups
     return {
         "qkv": m.floats(rows, (heads + 2 * kv_heads) * dim),
-        "cos": m.floats(rows, dim),
-        "sin": m.floats(rows, dim),
+        "cos": m.floats(rows, dim // 2),
+        "sin": m.floats(rows, dim // 2),
         "k_cache": m.floats(kv_heads, 30, dim),
         "v_cache": m.floats(kv_heads, 30, dim),
         "start": m.size(26, 0),
@@ -167,7 +167,7 @@ def rope(m: Maker) -> Arguments:
 def rope_rows(m: Maker) -> Arguments:
     call = rope(m)
     kv_heads, _, dim = call["k_cache"].shape
-    tables = {"cos": m.floats(30, dim), "sin": m.floats(30, dim)}
+    tables = {"cos": m.floats(30, dim // 2), "sin": m.floats(30, dim // 2)}
     return call | tables | cache(m, kv_heads, dim) | places(m, len(call["qkv"]))
 
 
@@ -201,7 +201,7 @@ def resample(m: Maker) -> Arguments:
 
 def patch_embed(m: Maker) -> Arguments:
     side, rows, views = 14 * m.size(2), m.size(20), m.size(2)
-    windows = [[0, m.size(9, -9), m.size(9, -9), 20, 30, 60, m.size(255, 0)] for _ in range(views)]
+    windows = [[0, 90, 20, 30, m.size(9, -9), m.size(9, -9), m.size(255, 0)] for _ in range(views)]
     patches = (side // 14) ** 2
     return {
         "pixels": m.integers("uint8", 0, 256, 20 * 30 * 3 * 2),
@@ -231,7 +231,7 @@ def place(m: Maker) -> Arguments:
 
 def argmax(m: Maker) -> Arguments:
     rows, vocab = m.size(4, 0), m.size(300)
-    forbidden = m.integers("uint8", 0, 2, m.one_of(rows, rows), vocab)
+    forbidden = m.integers("uint8", 0, 2, vocab)
     return {"logits": m.floats(rows, vocab), "forbidden": forbidden, "out": np.zeros(rows, "int32")}
 
 
@@ -244,7 +244,7 @@ def sample(m: Maker) -> Arguments:
         "suppressed": m.integers("int32", 0, vocab, m.size(3, 0)),
         "penalty": m.one_of(1.0, 1.3),
         "temperature": m.one_of(0.1, 1.0, 5.0),
-        "top_k": m.one_of(0, 1, 5),
+        "top_k": m.one_of(1, 5),
         "top_p": m.one_of(0.1, 0.9, 1.0),
         "min_p": m.one_of(0.0, 0.1),
         "uniform": float(m.rng.random()),

@@ -11,6 +11,8 @@ import torch
 
 import ovfast
 from ovfast import Engine, ModelInputs
+from ovfast.native_runner import NativeRunner
+from ovfast.runner import EagerRunner
 from ovfast.sampling import sample
 from tests.support import runtime
 from tests.support.prompts import clip, picture
@@ -67,6 +69,8 @@ def script_tokens(monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> Non
         return sample(logits, params, index=index, **options)
 
     monkeypatch.setattr("ovfast.runner.sample", scripted)
+    # The native runner has a sampler of its own; here it takes that of the eager one.
+    monkeypatch.setattr(NativeRunner, "_sample", EagerRunner._sample)
 
 
 def run_threads(works: Sequence[Callable[[], Any]]) -> list[Any]:

@@ -118,8 +118,9 @@ def test_dropping_in_the_middle_of_a_step(
 
 
 def test_calling_from_inside_a_step_is_refused(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    two_slots: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    engine = two_slots
     expected = engine.generate("Hi", sampling=GREEDY).token_ids
     decode, errors = LlavaOnevision.decode, []
 

@@ -18,6 +18,8 @@ OVFAST_INLINE std::int64_t BlockFloats(std::int64_t head_dim) {
 OVFAST_INLINE void PackBlock(const float* k, const float* v, std::int64_t stride,
                              std::int64_t num_keys, std::int64_t head_dim, float* block) {
   num_keys = SmallerOf(num_keys, kKeyBlock);
+  PrefetchRows(k, stride, num_keys, head_dim);
+  PrefetchRows(v, stride, num_keys, head_dim);
   for (std::int64_t key = 0; key < num_keys; key += kLanes) {
     PackKeyPanel(k + key * stride, stride, num_keys - key, head_dim, block + key * head_dim);
   }
@@ -106,6 +108,7 @@ OVFAST_INLINE void AttendChunk(Team& team, const QueryChunk& chunk) {
   float* const memory = static_cast<float*>(team.Scratch(
       static_cast<std::size_t>(num_tiles * tile_floats + kTileRows * kKeyBlock) * sizeof(float)));
   float* const scores = memory + num_tiles * tile_floats;
+  PrefetchRows(chunk.q, chunk.q_stride, chunk.num_rows, head_dim);
   TileSums tiles[kChunkTiles];
   for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
     TileSums& sums = tiles[tile];

@@ -33,6 +33,14 @@ OVFAST_INLINE Vec Exp2(Vec x) {
   return AsFloat(AddI(AsInt(power), ShiftLeft<23>(AsInt(shifted))));
 }
 
+// Rows that lie pages apart arrive one after another unless they are all asked for at once.
+OVFAST_INLINE void PrefetchRows(const float* x, std::int64_t stride, std::int64_t num_rows,
+                                std::int64_t width) {
+  for (std::int64_t row = 0; row < num_rows; ++row) {
+    for (std::int64_t i = 0; i < width; i += kLanes) __builtin_prefetch(x + row * stride + i);
+  }
+}
+
 // One panel of keys; lanes from num_keys on repeat the last key, and no result of theirs is used.
 OVFAST_INLINE void PackKeyPanel(const float* k, std::int64_t k_stride, std::int64_t num_keys,
                                 std::int64_t head_dim, float* panel) {
@@ -121,7 +129,7 @@ OVFAST_INLINE void ScoreTile(const float* queries, const float* panels, std::int
   const std::int64_t panel_stride = head_dim * kLanes;
   constexpr int kSteps = StepsOf(kRows * kPanels);
   std::int64_t d = 0;
-  for (; d + kSteps <= head_dim; d += kSteps) {
+  for (; kSteps > 1 && d + kSteps <= head_dim; d += kSteps) {
     for (int step = 0; step < kSteps; ++step) {
       AddTerm<kRows, kPanels, false>(queries + (d + step) * kRows, 1, panels + (d + step) * kLanes,
                                      panel_stride, 0, sums);
@@ -164,7 +172,7 @@ OVFAST_INLINE void ValueTile(const float* weights, std::int64_t weight_stride, c
   }
   constexpr int kSteps = StepsOf(kRows * kPanels);
   std::int64_t key = 0;
-  for (; key + kSteps <= num_keys; key += kSteps) {
+  for (; kSteps > 1 && key + kSteps <= num_keys; key += kSteps) {
     for (int step = 0; step < kSteps; ++step) {
       AddTerm<kRows, kPanels, kIsPart>(weights + key + step, weight_stride,
                                        values + (key + step) * value_stride, panel_stride, width,

@@ -198,7 +198,10 @@ void Linear(ThreadPool& pool, const py::object& x_object, const PackedWeights& w
   const py::array x = CheckArray(x_object, "x", "float32", {kAny, matrix.cols}, 1);
   py::array out = CheckOutput(out_object, "out", "float32", {x.shape(0), kAny}, 1);
   py::array bias;
-  if (!bias_object.is_none()) bias = CheckArray(bias_object, "bias", "float32", {matrix.rows});
+  if (!bias_object.is_none()) {
+    bias = CheckArray(bias_object, "bias", "float32", {matrix.rows});
+    CheckDisjoint(bias, "bias", out, "out");
+  }
   const bool paired = activation == Activation::kSiluMul;
   if (paired && matrix.rows % (2 * kBlock) != 0) {
     throw py::value_error("silu_mul needs weights that were packed interleaved");

@@ -5,6 +5,22 @@
 // and multiplied in pairs. int4: a product of an unsigned nibble and a byte is at most 15 · 127,
 // and the 16 of a group that meet in a 16-bit lane at most 30 480: they are summed there.
 
+// Four bytes of inputs in every lane. They are fetched here and not earlier: the compiler would
+// fetch those of all rows at once and had no registers left for the sums.
+OVFAST_INLINE __m256i Broadcast(const void* inputs) {
+  std::int32_t bits;
+  std::memcpy(&bits, inputs, sizeof(bits));
+  __m256i all = _mm256_set1_epi32(bits);
+  __asm__ volatile("" : "+x"(all));
+  return all;
+}
+
+// Keeps sums where they are from one product to the next.
+OVFAST_INLINE VecI Pinned(VecI sums) {
+  __asm__ volatile("" : "+x"(sums.lo), "+x"(sums.hi));
+  return sums;
+}
+
 template <WeightKind kKind>
 struct Dot;
 
@@ -21,9 +37,10 @@ struct Dot<WeightKind::kInt8> {
     StoreI(operands + kLineBytes, {_mm256_srai_epi16(line.lo, 8), _mm256_srai_epi16(line.hi, 8)});
   }
   static OVFAST_INLINE VecI Start(std::int32_t) { return ZeroI(); }
-  static OVFAST_INLINE VecI Add(VecI sums, VecI weights, VecI inputs) {
-    return AddI(
-        sums, {_mm256_madd_epi16(weights.lo, inputs.lo), _mm256_madd_epi16(weights.hi, inputs.hi)});
+  static OVFAST_INLINE VecI Add(VecI sums, VecI weights, const void* inputs) {
+    const __m256i all = Broadcast(inputs);
+    return Pinned({_mm256_add_epi32(sums.lo, _mm256_madd_epi16(weights.lo, all)),
+                   _mm256_add_epi32(sums.hi, _mm256_madd_epi16(weights.hi, all))});
   }
   static OVFAST_INLINE VecI End(VecI sums, std::int32_t) { return sums; }
   static OVFAST_INLINE void Store16(Input* to, VecI inputs) {
@@ -48,9 +65,10 @@ struct Dot<WeightKind::kInt4> {
   }
   // The sums are 16 bits wide until the end.
   static OVFAST_INLINE VecI Start(std::int32_t) { return ZeroI(); }
-  static OVFAST_INLINE VecI Add(VecI sums, VecI weights, VecI inputs) {
-    return {_mm256_add_epi16(sums.lo, _mm256_maddubs_epi16(weights.lo, inputs.lo)),
-            _mm256_add_epi16(sums.hi, _mm256_maddubs_epi16(weights.hi, inputs.hi))};
+  static OVFAST_INLINE VecI Add(VecI sums, VecI weights, const void* inputs) {
+    const __m256i all = Broadcast(inputs);
+    return Pinned({_mm256_add_epi16(sums.lo, _mm256_maddubs_epi16(weights.lo, all)),
+                   _mm256_add_epi16(sums.hi, _mm256_maddubs_epi16(weights.hi, all))});
   }
   static OVFAST_INLINE VecI End(VecI sums, std::int32_t correction) {
     const __m256i ones = _mm256_set1_epi16(1);

@@ -16,8 +16,10 @@ struct Dot {
     }
   }
   static OVFAST_INLINE VecI Start(std::int32_t correction) { return SetI(correction); }
-  static OVFAST_INLINE VecI Add(VecI sums, VecI weights, VecI inputs) {
-    return {_mm512_dpbusd_epi32(sums.v, weights.v, inputs.v)};
+  static OVFAST_INLINE VecI Add(VecI sums, VecI weights, const void* inputs) {
+    std::int32_t bits;
+    std::memcpy(&bits, inputs, sizeof(bits));
+    return {_mm512_dpbusd_epi32(sums.v, weights.v, _mm512_set1_epi32(bits))};
   }
   static OVFAST_INLINE VecI End(VecI sums, std::int32_t) { return sums; }
   static OVFAST_INLINE void Store16(Input* to, VecI inputs) {

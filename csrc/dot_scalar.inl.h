@@ -33,8 +33,10 @@ struct Dot {
     }
   }
   static OVFAST_INLINE VecI Start(std::int32_t correction) { return SetI(correction); }
-  static OVFAST_INLINE VecI Add(VecI sums, VecI weights, VecI inputs) {
-    return AddBytes(sums, weights, inputs);
+  static OVFAST_INLINE VecI Add(VecI sums, VecI weights, const void* inputs) {
+    std::int32_t bits;
+    std::memcpy(&bits, inputs, sizeof(bits));
+    return AddBytes(sums, weights, SetI(bits));
   }
   static OVFAST_INLINE VecI End(VecI sums, std::int32_t) { return sums; }
   // Stores 16 inputs.

@@ -6,6 +6,10 @@
 // Vectors live in registers only while everything around them is inlined.
 #define OVFAST_INLINE inline __attribute__((always_inline))
 
+// A loop that needs every register: alone in its function, the compiler keeps the sums in them and
+// not what surrounds it.
+#define OVFAST_NOINLINE __attribute__((noinline))
+
 // OVFAST_NO_X86 leaves what any other CPU gets: the scalar kernels alone.
 #if (defined(__x86_64__) || defined(__amd64__)) && (defined(__GNUC__) || defined(__clang__)) && \
     !defined(OVFAST_NO_X86)

@@ -56,6 +56,10 @@ inline std::int64_t ScaleBytes(WeightKind kind, std::int64_t cols) {
 std::size_t BlockBytes(WeightKind kind, std::int64_t cols);
 std::size_t PackedBytes(WeightKind kind, std::int64_t rows, std::int64_t cols);
 
+// Inside a block, K being PaddedCols(cols): float32 and float16 lie as [K][16], the 16 weights of
+// an input side by side. bfloat16 lies as [K / 2][16][2], two inputs of a row side by side: a
+// shift, or a mask, of sixteen such pairs makes sixteen floats.
+//
 // Packs one block; `tile` is (16, PaddedCols(cols)) float32, row-major, zero where padded, and
 // every byte of the block is written.
 void PackTile(WeightKind kind, const float* tile, std::int64_t cols, std::uint8_t* block);

@@ -63,10 +63,10 @@ OVFAST_INLINE void AddLine(const float* x, std::int64_t x_stride, const VecI (&l
 // Adds the chunks of `num_k` inputs from k on to the totals (row-major, 16 columns a block).
 // `ahead`: bytes from a line to the one that is fetched for later.
 template <WeightKind kKind, int kRows, int kBlocks>
-inline void AddChunks(const ExactInputs& inputs, std::int64_t first_row,
-                      const std::uint8_t* const* blocks, std::int64_t scale_bytes, std::int64_t k,
-                      std::int64_t num_k, std::int64_t ahead, float* totals,
-                      std::int64_t totals_stride) {
+OVFAST_NOINLINE void AddChunks(const ExactInputs& inputs, std::int64_t first_row,
+                               const std::uint8_t* const* blocks, std::int64_t scale_bytes,
+                               std::int64_t k, std::int64_t num_k, std::int64_t ahead,
+                               float* totals, std::int64_t totals_stride) {
   constexpr std::int64_t kInputs = kKind == WeightKind::kInt8 ? 4 : 8;
   constexpr std::int64_t kGroup = kKind == WeightKind::kInt8 ? kInt8Group : kInt4Group;
   const std::uint8_t* from[kBlocks];
@@ -133,9 +133,7 @@ inline void AddRows(std::int64_t num_rows, const ExactInputs& inputs, std::int64
                                        k, num_k, ahead, totals);
     }
   }
-  constexpr int kSide = kRows == 1   ? (kKind == WeightKind::kInt8 ? 4 : 2)
-                        : kRows == 2 ? 2
-                                     : kTileBlocks;
+  constexpr int kSide = kRows == 1 ? 2 : kRows == 2 ? 2 : kTileBlocks;
   for (std::int64_t block = 0; block < num_blocks; block += kSide) {
     AddChunks<kKind, kRows, kSide>(inputs, first_row, blocks + block, scale_bytes, k, num_k, ahead,
                                    totals + block * kBlock, kExactBlocks * kBlock);

@@ -1,7 +1,7 @@
 // Linear layers on weights in float32, float16 or bfloat16; the arithmetic is float32.
 //
-// An output is a sum over panels of kPanel inputs, each summed on its own, from its first input to
-// its last, in one lane. So its bits do not depend on the tile that computes it, and short sums
+// An output is a sum over chains of kChain inputs, each summed on its own, from its first input to
+// its last, in one lane. So its bits do not depend on the tile that computes it, and short chains
 // keep the error small.
 //
 // Up to kTileRows rows are bound by memory: the weights stream through registers once. With more, a
@@ -9,21 +9,26 @@
 // stay in L2; a panel of a block, expanded to float32, stays in L1 while the tiles of rows pass
 // over it. The sizes are those that ran best with 32 KiB of L1 and 512 KiB of L2.
 
-constexpr std::int64_t kPanel = kTileBlocks == 1 ? 320 : 192;  // inputs summed on their own; even
-constexpr std::int64_t kMostRows = 96;                         // of a task on many rows
-constexpr std::int64_t kMostBlocks = 48;                       // of a task on many rows; even
-constexpr std::int64_t kStreamBlocks = 4;                      // of a task on few rows; even
+constexpr std::int64_t kPanel = kTileBlocks == 1 ? 320 : 192;  // inputs of a panel
+// Half a panel: shorter chains cost time (64: 3 %), longer ones miss the bound on the error.
+constexpr std::int64_t kChain = kPanel / 2;
+constexpr std::int64_t kMostRows = 96;       // of a task on many rows
+constexpr std::int64_t kMostBlocks = 48;     // of a task on many rows; even
+constexpr std::int64_t kStreamBlocks = 4;    // of a task on few rows; even
 constexpr std::int64_t kTasksPerThread = 8;  // wanted, so that no thread waits long for the last
-constexpr std::int64_t kLine = 64;           // bytes that the cache fetches at once
+constexpr std::int64_t kAheadBytes = 1024;   // between what is read and what is asked for
 
 template <WeightKind kKind>
 constexpr std::int64_t kWeightBytes = kKind == WeightKind::kFloat32 ? 4 : 2;
 
+inline std::int64_t LeastOf(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
 // Weights of two neighbouring inputs in a line of bfloat16: those of the even one are the low
-// halves of the 32-bit lanes.
+// halves of the 32-bit lanes. Two shifts instead of a mask: where a tile fills the registers there
+// is none left for the mask.
 OVFAST_INLINE Vec EvenBrain(VecI pairs) { return AsFloat(ShiftLeft<16>(pairs)); }
 OVFAST_INLINE Vec OddBrain(VecI pairs) {
-  return AsFloat(AndI(pairs, SetI(static_cast<std::int32_t>(0xffff0000u))));
+  return AsFloat(ShiftLeft<16>(ShiftRightUnsigned<16>(pairs)));
 }
 
 // The 16 weights of input k in a block, k counted from where `weights` points to.
@@ -54,50 +59,60 @@ OVFAST_INLINE void AddInput(const float* x, std::int64_t x_stride, const Vec (&w
 }
 
 // The sums of a panel of num_k inputs for a tile of rows and blocks become the totals (row-major,
-// 16 columns a block), or are added to them.
-template <WeightKind kKind, int kRows, int kBlocks>
+// 16 columns a block), or are added to them. Meanwhile memory from `ahead` on comes to L2,
+// ahead_step bytes an input: a few at a time, because many at once hold up the loads behind them.
+template <WeightKind kKind, int kRows, int kBlocks, bool kPrefetches>
 inline void SumPanel(const float* x, std::int64_t x_stride, const std::uint8_t* const* blocks,
-                     std::int64_t num_k, bool adds, float* totals, std::int64_t totals_stride) {
+                     std::int64_t num_k, const std::uint8_t* ahead, std::int64_t ahead_step,
+                     bool adds, float* totals, std::int64_t totals_stride) {
   const std::uint8_t* from[kBlocks];
 #pragma GCC unroll 4
   for (int block = 0; block < kBlocks; ++block) from[block] = blocks[block];
-  Vec sums[kRows][kBlocks];
+  for (std::int64_t first = 0; first < num_k; first += kChain) {
+    Vec sums[kRows][kBlocks];
 #pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row) {
+    for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
-    for (int block = 0; block < kBlocks; ++block) sums[row][block] = Zero();
-  }
-  std::int64_t k = 0;
-  if constexpr (kKind == WeightKind::kBfloat16) {
-    for (; k + 2 <= num_k; k += 2) {
-      VecI pairs[kBlocks];
+      for (int block = 0; block < kBlocks; ++block) sums[row][block] = Zero();
+    }
+    std::int64_t k = first;
+    const std::int64_t end = LeastOf(first + kChain, num_k);
+    if constexpr (kKind == WeightKind::kBfloat16) {
+      for (; k + 2 <= end; k += 2) {
+        if constexpr (kPrefetches) __builtin_prefetch(ahead + k * ahead_step, 0, 2);
+        Vec weights[kBlocks];
+#pragma GCC unroll 4
+        for (int block = 0; block < kBlocks; ++block) {
+          weights[block] = WeightsOf<kKind>(from[block], k);
+        }
+        AddInput<kRows, kBlocks>(x + k, x_stride, weights, sums);
+        // Keeps the compiler from loading for the odd input early: it would run out of registers.
+        __asm__ volatile("" ::: "memory");
+#pragma GCC unroll 4
+        for (int block = 0; block < kBlocks; ++block) {
+          weights[block] = WeightsOf<kKind>(from[block], k + 1);
+        }
+        AddInput<kRows, kBlocks>(x + k + 1, x_stride, weights, sums);
+      }
+    }
+    for (; k < end; ++k) {
+      if constexpr (kPrefetches) __builtin_prefetch(ahead + k * ahead_step, 0, 2);
       Vec weights[kBlocks];
 #pragma GCC unroll 4
       for (int block = 0; block < kBlocks; ++block) {
-        pairs[block] = LoadI(from[block] + k * kBlock * 2);
-        weights[block] = EvenBrain(pairs[block]);
+        weights[block] = WeightsOf<kKind>(from[block], k);
       }
       AddInput<kRows, kBlocks>(x + k, x_stride, weights, sums);
-#pragma GCC unroll 4
-      for (int block = 0; block < kBlocks; ++block) weights[block] = OddBrain(pairs[block]);
-      AddInput<kRows, kBlocks>(x + k + 1, x_stride, weights, sums);
     }
-  }
-  for (; k < num_k; ++k) {
-    Vec weights[kBlocks];
-#pragma GCC unroll 4
-    for (int block = 0; block < kBlocks; ++block) {
-      weights[block] = WeightsOf<kKind>(from[block], k);
-    }
-    AddInput<kRows, kBlocks>(x + k, x_stride, weights, sums);
-  }
 #pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row) {
-    float* const total = totals + row * totals_stride;
+    for (int row = 0; row < kRows; ++row) {
+      float* const total = totals + row * totals_stride;
 #pragma GCC unroll 4
-    for (int block = 0; block < kBlocks; ++block) {
-      const Vec sum = sums[row][block];
-      Store(total + block * kBlock, adds ? Add(Load(total + block * kBlock), sum) : sum);
+      for (int block = 0; block < kBlocks; ++block) {
+        const Vec sum = sums[row][block];
+        Store(total + block * kBlock,
+              adds || first > 0 ? Add(Load(total + block * kBlock), sum) : sum);
+      }
     }
   }
 }
@@ -121,13 +136,13 @@ inline void FinishTotals(const LinearArgs& args, std::int64_t first_row, std::in
   }
 }
 
-inline std::int64_t LeastOf(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-
 // All kRows rows of x for kStreamBlocks blocks. As many blocks side by side as hide the latency of
 // the multiply-adds and fit the registers; where fewer are left, the last one is summed twice.
+// One stream alone is too few for the processor's own look-ahead, so it is told what comes.
 template <WeightKind kKind, int kRows>
 inline void StreamBlocks(const LinearArgs& args, std::int64_t first_block) {
-  constexpr int kSide = kRows == 1 ? 4 : kRows <= 3 ? 2 : kTileBlocks;
+  constexpr int kMostOfTwo = kKind == WeightKind::kFloat32 ? 3 : 2;  // rows, for two blocks
+  constexpr int kSide = kRows == 1 ? 4 : kRows <= kMostOfTwo ? 2 : kTileBlocks;
   const PackedMatrix& matrix = args.matrix;
   const std::int64_t block_bytes = PaddedCols(matrix.cols) * kBlock * kWeightBytes<kKind>;
   const std::int64_t num_blocks = LeastOf(kStreamBlocks, NumBlocks(matrix.rows) - first_block);
@@ -139,9 +154,10 @@ inline void StreamBlocks(const LinearArgs& args, std::int64_t first_block) {
         const std::int64_t index = first_block + LeastOf(block + i, num_blocks - 1);
         blocks[i] = matrix.data + index * block_bytes + k * kBlock * kWeightBytes<kKind>;
       }
-      SumPanel<kKind, kRows, kSide>(args.x + k, args.x_stride, blocks,
-                                    LeastOf(kPanel, matrix.cols - k), k > 0,
-                                    totals + block * kBlock, kStreamBlocks * kBlock);
+      SumPanel<kKind, kRows, kSide, kSide == kTileBlocks>(
+          args.x + k, args.x_stride, blocks, LeastOf(kPanel, matrix.cols - k),
+          blocks[0] + kAheadBytes, kBlock * kWeightBytes<kKind>, k > 0, totals + block * kBlock,
+          kStreamBlocks * kBlock);
     }
   }
   FinishTotals(args, 0, kRows, first_block, num_blocks, totals, kStreamBlocks * kBlock);
@@ -160,15 +176,17 @@ inline void StreamRows(Team& team, const LinearArgs& args) {
 // SumPanel on panels in float32, for a number of rows known at run time.
 template <int kRows>
 inline void SumTile(std::int64_t num_rows, const float* x, std::int64_t x_stride,
-                    const std::uint8_t* const* blocks, std::int64_t num_k, bool adds, float* totals,
+                    const std::uint8_t* const* blocks, std::int64_t num_k,
+                    const std::uint8_t* ahead, std::int64_t ahead_step, bool adds, float* totals,
                     std::int64_t totals_stride) {
   if constexpr (kRows > 1) {
     if (num_rows < kRows) {
-      return SumTile<kRows - 1>(num_rows, x, x_stride, blocks, num_k, adds, totals, totals_stride);
+      return SumTile<kRows - 1>(num_rows, x, x_stride, blocks, num_k, ahead, ahead_step, adds,
+                                totals, totals_stride);
     }
   }
-  SumPanel<WeightKind::kFloat32, kRows, kTileBlocks>(x, x_stride, blocks, num_k, adds, totals,
-                                                     totals_stride);
+  SumPanel<WeightKind::kFloat32, kRows, kTileBlocks, true>(x, x_stride, blocks, num_k, ahead,
+                                                           ahead_step, adds, totals, totals_stride);
 }
 
 // The panel of num_k inputs of a block to float32.
@@ -232,7 +250,7 @@ inline void PrefetchOutputs(const LinearArgs& args, const RowChunk& chunk, std::
 }
 
 // All tiles of rows on one panel of kTileBlocks blocks. Meanwhile the bytes from `ahead` on, those
-// of the next panel, come to L2, and on the last panel the outputs' lines, one tile early enough.
+// of the next panel, come to L2.
 inline void SumTiles(const LinearArgs& args, const RowChunk& chunk, std::int64_t block,
                      const std::uint8_t* const* blocks, std::int64_t k, const std::uint8_t* ahead,
                      std::int64_t ahead_bytes) {
@@ -241,16 +259,15 @@ inline void SumTiles(const LinearArgs& args, const RowChunk& chunk, std::int64_t
   // Tiles of even height: a tile of one row costs as much as one of four.
   const std::int64_t num_tiles = (chunk.num_rows + kTileRows - 1) / kTileRows;
   const std::int64_t low_rows = chunk.num_rows / num_tiles, num_high = chunk.num_rows % num_tiles;
-  const std::int64_t share_bytes = ahead_bytes / num_tiles / kLine * kLine + kLine;
+  const std::int64_t ahead_step = (ahead_bytes + num_tiles * num_k - 1) / (num_tiles * num_k);
   std::int64_t row = 0;
   for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
     const std::int64_t num_rows = low_rows + (tile < num_high ? 1 : 0);
-    for (std::int64_t i = 0; i < share_bytes; i += kLine) __builtin_prefetch(ahead + i, 0, 2);
-    ahead += share_bytes;
     if (is_last) PrefetchOutputs(args, chunk, row, num_rows, block);
     float* const totals = chunk.totals + row * kTotalsStride;
     SumTile<kTileRows>(num_rows, chunk.inputs + row * kInputsStride, kInputsStride, blocks, num_k,
-                       k > 0, totals + block * kBlock, kTotalsStride);
+                       ahead + tile * num_k * ahead_step, ahead_step, k > 0,
+                       totals + block * kBlock, kTotalsStride);
     if (is_last) FinishTile(args, chunk, row, num_rows, block);
     row += num_rows;
   }

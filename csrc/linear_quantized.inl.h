@@ -86,9 +86,9 @@ inline void ExpandWeights(const std::uint8_t* block, std::int64_t scale_bytes, s
 
 // Adds a panel to the totals (row-major, 16 columns a block) of a tile of rows from first_row on.
 template <WeightKind kKind, int kRows, int kBlocks>
-inline void AddPanel(const QuantizedRows<kKind>& x, std::int64_t first_row, std::int64_t k,
-                     std::int64_t num_k, const Panel<kKind>* panels, float* totals,
-                     std::int64_t totals_stride) {
+OVFAST_NOINLINE void AddPanel(const QuantizedRows<kKind>& x, std::int64_t first_row, std::int64_t k,
+                              std::int64_t num_k, const Panel<kKind>* panels, float* totals,
+                              std::int64_t totals_stride) {
   using Input = typename Dot<kKind>::Input;
   constexpr std::int64_t kGroup = kGroupOf<kKind>;
   for (std::int64_t i = 0; i * kGroup < num_k; ++i) {
@@ -114,9 +114,8 @@ inline void AddPanel(const QuantizedRows<kKind>& x, std::int64_t first_row, std:
       }
 #pragma GCC unroll 16
       for (int row = 0; row < kRows; ++row) {
-        std::int32_t bits;
-        std::memcpy(&bits, reinterpret_cast<const char*>(inputs + row * kGroup) + operand * 4, 4);
-        const VecI input = SetI(bits);
+        const char* const input =
+            reinterpret_cast<const char*>(inputs + row * kGroup) + operand * 4;
 #pragma GCC unroll 4
         for (int block = 0; block < kBlocks; ++block) {
           sums[row][block] = Dot<kKind>::Add(sums[row][block], weights[block], input);

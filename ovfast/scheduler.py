@@ -9,6 +9,7 @@ marks itself ended by one store, and the next step collects its slots; a runner'
 repeated; the lock is only taken by `with` on the bare lock, which no signal can cut in two.
 """
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -59,6 +60,7 @@ class Scheduler:
 
     def __init__(self, loaded: Loaded) -> None:
         self._loaded: Loaded | None = loaded
+        self._process = os.getpid()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._stepping = False
@@ -80,8 +82,14 @@ class Scheduler:
         """The model, its cache and its runner.
 
         Raises:
-            BackendError: they have been freed.
+            BackendError: they have been freed, or belong to the parent of this process.
         """
+        if self._process != os.getpid():
+            # Threads of torch and of a driver, and locks in use, do not survive a fork.
+            raise BackendError(
+                "the engine was loaded before this process was forked; expected one of this"
+                " process. Load it after the fork, or start processes by 'spawn' or 'forkserver'."
+            )
         if self._loaded is None:
             raise BackendError("the engine is closed. Load a new one with ovfast.load(...).")
         return self._loaded
@@ -89,6 +97,8 @@ class Scheduler:
     def close(self) -> None:
         """Frees the model; a step that another thread is in ends first."""
         self._loaded = None
+        if self._process != os.getpid():
+            return  # the lock is a copy, perhaps of a held one
         with self._lock:
             self._changed.notify_all()
 

@@ -2,6 +2,7 @@
 
 import _thread
 import linecache
+import os
 import random
 import sys
 import threading
@@ -301,3 +302,22 @@ def test_close_during_streams(tiny_checkpoint: Path) -> None:
     assert results.pop() is None
     assert all(isinstance(r, BackendError) and "closed" in str(r) for r in results), results
     assert engine.closed
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # from Python 3.12 on
+def test_a_forked_child_is_told_to_load_its_own(engine: Engine) -> None:
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:  # nothing of pytest may run here
+        try:
+            engine.generate("Hi", max_new_tokens=1)
+        except BackendError as error:
+            os.write(write_end, str(error).encode())
+            engine.close()
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end) as answer:
+        assert "Load it after the fork" in answer.read()
+    os.waitpid(child, 0)
+    assert tokens_of(engine, "text")

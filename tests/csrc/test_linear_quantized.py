@@ -1,0 +1,239 @@
+"""Quantised linear layers of the native back end, against ovfast/quantize.py."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ovfast.quantize import GROUPS, QuantizedKind, dequantize, fake_quantized_linear, quantize
+from tests.support.accuracy import assert_two_times_rule
+
+native = pytest.importorskip("ovfast._C", reason="the native extension is not built")
+
+KINDS: tuple[QuantizedKind, ...] = ("int8", "int4")
+# Demo-like and odd widths, the patch (588), a short last group of both kinds, half a padding.
+COLS = (41, 80, 176, 588, 896)
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pack(kind: str, *parts: torch.Tensor, interleaved: bool = False) -> native.PackedWeights:
+    return native.pack(native.ThreadPool(1), kind, [part.numpy() for part in parts], interleaved)
+
+
+def run(
+    x: torch.Tensor,
+    packed: native.PackedWeights,
+    *,
+    exact: bool,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    columns: int | None = None,
+    out: torch.Tensor | None = None,
+    num_threads: int = 1,
+) -> torch.Tensor:
+    accumulates = out is not None
+    if out is None:
+        out = torch.full((len(x), packed.rows if columns is None else columns), torch.nan)
+    native.linear(
+        native.ThreadPool(num_threads),
+        x.numpy(),
+        packed,
+        None if bias is None else bias.numpy(),
+        activation,
+        accumulates,
+        out.numpy(),
+        exact,
+    )
+    return out
+
+
+def check(x: torch.Tensor, weight: torch.Tensor, kind: QuantizedKind, *, exact: bool) -> None:
+    out = run(x, pack(kind, weight), exact=exact)
+    plain = fake_quantized_linear(x, weight, None, kind, exact_activations=exact)
+    truth = fake_quantized_linear(x, weight, None, kind, exact_activations=exact, upcast=True)
+    assert_two_times_rule(out, plain, truth)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cols", [*COLS, 1, 32, 128, 4304])
+def test_packing_equals_the_definition(kind: QuantizedKind, cols: int) -> None:
+    weight = gaussian(41, cols, seed=cols)
+    weight[3] = 0
+    weight[5] *= 1e-42  # subnormal scales
+    weight[7] *= 1e30
+    weight[9, ::2] = 0.5  # ties of the largest magnitude
+    weight[9, 1::2] = -0.5
+    packed = pack(kind, weight)
+    out = torch.full(weight.shape, torch.nan)
+    native.embed(native.ThreadPool(1), packed, np.arange(41, dtype=np.int32), out.numpy())
+    assert torch.equal(out, dequantize(*quantize(weight, kind), GROUPS[kind]))
+
+
+# 17 outputs: a block and a bit; 70: more than a task of four blocks. 41 rows: several tiles.
+@pytest.mark.parametrize("cols", COLS)
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_accuracy(isa: str, kind: QuantizedKind, exact: bool, cols: int) -> None:
+    rows = 70 if cols < 500 else 17
+    check(gaussian(41, cols), gaussian(rows, cols, seed=1), kind, exact=exact)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_accuracy_of_a_wide_row(isa: str, kind: QuantizedKind, exact: bool) -> None:
+    check(gaussian(2, 4304), gaussian(41, 4304, seed=1), kind, exact=exact)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_accuracy_with_outliers(isa: str, kind: QuantizedKind, exact: bool) -> None:
+    x = gaussian(41, 176)
+    x[:, 60] *= 100
+    x[:, 7] = 0
+    x[5] *= 1e-40
+    x[6] = 0
+    x[7] *= 1e20
+    weight = gaussian(70, 176, seed=1)
+    weight[4] *= 100
+    for rows in (slice(0, 6), slice(6, 7), slice(7, 8), slice(8, 41)):  # of like size each
+        check(x[rows], weight, kind, exact=exact)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_integers_do_not_saturate(isa: str, kind: QuantizedKind, sign: float) -> None:
+    # Inputs ±127 and weights at both ends, all of one sign and alternating: exact in any order.
+    cols, x = 256, torch.full((7, 256), 127.0)
+    x[1] *= -1
+    x[2, ::2] *= -1
+    x[3, 1::2] *= -1
+    x[4, ::4] *= -1
+    top = 127.0 if kind == "int8" else 8.0
+    weight = torch.full((40, cols), -top * sign)
+    weight[1] *= -1
+    weight[2, 1::2] = top * sign if kind == "int8" else 7 * sign
+    weight[3, 2::3] = 0
+    expected = fake_quantized_linear(x, weight, None, kind, exact_activations=True, upcast=True)
+    packed = pack(kind, weight)
+    assert torch.equal(run(x, packed, exact=False).double(), expected)
+    assert torch.equal(run(x, packed, exact=True).double(), expected)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_do_not_depend_on_rows_and_threads(isa: str, kind: QuantizedKind, exact: bool) -> None:
+    x, packed = gaussian(203, 176), pack(kind, gaussian(70, 176, seed=1))
+    whole = run(x, packed, exact=exact)
+    for first, count in ((0, 1), (7, 2), (50, 3), (9, 4), (100, 5), (30, 16), (2, 31), (0, 101)):
+        part = x[first : first + count]
+        for num_threads in (1, 2, 3):
+            out = run(part, packed, exact=exact, num_threads=num_threads)
+            assert torch.equal(out, whole[first : first + count]), (first, count, num_threads)
+    assert torch.equal(run(x, packed, exact=exact, num_threads=3), whole)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_do_not_depend_on_outputs(isa: str, kind: QuantizedKind, exact: bool) -> None:
+    # A block beside others, alone, and as the last one of an odd number.
+    x, weight = gaussian(5, 80), gaussian(5 * 16, 80, seed=1)
+    whole = run(x, pack(kind, weight), exact=exact)
+    for first, last in ((0, 16), (16, 64), (64, 80), (32, 80)):
+        out = run(x, pack(kind, weight[first:last]), exact=exact)
+        assert torch.equal(out, whole[:, first:last])
+
+
+def apply(activation: str, values: torch.Tensor) -> torch.Tensor:
+    if activation == "none":
+        return values
+    return F.gelu(values, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+@pytest.mark.parametrize("rows", [1, 7, 41])
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh", "gelu_erf"])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bias_and_activation(
+    isa: str, kind: QuantizedKind, exact: bool, activation: str, rows: int
+) -> None:
+    x, weight, bias = gaussian(rows, 80), gaussian(41, 80, seed=1) / 9, gaussian(41, seed=2)
+    sums = run(x, pack(kind, weight), exact=exact)
+    out = run(x, pack(kind, weight), exact=exact, bias=bias, activation=activation)
+    # What comes before is tested elsewhere, so only the end is compared: torch's on the same sums.
+    plain = apply(activation, sums + bias)
+    assert_two_times_rule(out, plain, apply(activation, sums.double() + bias.double()))
+    before = gaussian(rows, 41, seed=3)
+    added = run(
+        x, pack(kind, weight), exact=exact, bias=bias, activation=activation, out=before.clone()
+    )
+    assert torch.equal(added, before + out)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 41])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_silu_mul(isa: str, kind: QuantizedKind, exact: bool, rows: int) -> None:
+    x, gate, up = gaussian(rows, 176), gaussian(41, 176, seed=1) / 13, gaussian(41, 176, seed=2)
+    out = run(
+        x, pack(kind, gate, up, interleaved=True), exact=exact, activation="silu_mul", columns=41
+    )
+    gated, raised = (run(x, pack(kind, half), exact=exact) for half in (gate, up))
+    truth = F.silu(gated.double()) * raised.double()
+    assert_two_times_rule(out, F.silu(gated) * raised, truth)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_strided_rows_and_memory_beside_them(isa: str, kind: QuantizedKind, exact: bool) -> None:
+    wide, weight = gaussian(7, 100), gaussian(41, 41, seed=1)
+    wide[:, 41:] = torch.nan  # never read
+    packed, out = pack(kind, weight), torch.full((7, 60), 5.0)
+    expected = run(wide[:, :41].contiguous(), packed, exact=exact)
+    pool = native.ThreadPool(2)
+    native.linear(
+        pool, wide[:, :41].numpy(), packed, None, "none", False, out[:, :41].numpy(), exact
+    )
+    assert torch.equal(out[:, :41], expected)
+    assert torch.equal(out[:, 41:], torch.full((7, 19), 5.0))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_rows_and_single_ones(isa: str, kind: QuantizedKind, exact: bool) -> None:
+    assert run(torch.empty(0, 80), pack(kind, gaussian(41, 80)), exact=exact).shape == (0, 41)
+    assert run(gaussian(3, 80), pack(kind, torch.empty(0, 80)), exact=exact).shape == (3, 0)
+    one = run(torch.tensor([[3.0]]), pack(kind, torch.tensor([[-2.0]])), exact=exact)
+    assert float(one) == pytest.approx(-6.0, rel=0.01)  # a scale has eight bits
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_that_is_not_finite_spoils_no_other(
+    isa: str, kind: QuantizedKind, bad: float
+) -> None:
+    x, packed = gaussian(9, 176), pack(kind, gaussian(41, 176, seed=1))
+    clean = run(x, packed, exact=False)
+    x[4, 150] = bad
+    out = run(x, packed, exact=False)
+    assert torch.isnan(out[4]).all()
+    keep = [0, 1, 2, 3, 5, 6, 7, 8]
+    assert torch.equal(out[keep], clean[keep])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors(kind: QuantizedKind) -> None:
+    pool, x, packed = native.ThreadPool(1), gaussian(3, 80), pack(kind, gaussian(41, 80))
+    out = torch.empty(3, 41)
+    with pytest.raises(ValueError, match="expected"):
+        native.linear(pool, x[:, :79].numpy(), packed, None, "none", False, out.numpy(), True)
+    with pytest.raises(ValueError, match="packed interleaved"):
+        native.linear(pool, x.numpy(), packed, None, "silu_mul", False, out.numpy(), True)
+    with pytest.raises(ValueError, match="bytes; expected"):
+        native.PackedWeights(kind, 41, 112, packed.bytes())
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        native.linear(pool, x.numpy(), packed, None, "none", False, out.numpy(), "yes")
+    again = native.PackedWeights(kind, 41, 80, packed.bytes())
+    assert torch.equal(run(x, again, exact=False), run(x, packed, exact=False))

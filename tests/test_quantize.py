@@ -1,0 +1,118 @@
+"""The definition of int8 and int4: scales, rounding and edge cases, against the words of it."""
+
+import pytest
+import torch
+
+from ovfast.quantize import (
+    GROUPS,
+    QuantizedKind,
+    dequantize,
+    fake_quantized_linear,
+    quantize,
+    quantize_rows,
+)
+
+KINDS: tuple[QuantizedKind, ...] = ("int8", "int4")
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# One group, a short last group, a group of one, a single weight.
+@pytest.mark.parametrize("cols", [128, 32, 176, 129, 33, 41, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_group_by_the_definition(kind: QuantizedKind, cols: int) -> None:
+    weight = gaussian(5, cols, seed=cols)
+    q, scales = quantize(weight, kind)
+    group = GROUPS[kind]
+    assert q.shape == weight.shape
+    assert scales.shape == (5, -(-cols // group))
+    assert torch.equal(scales, scales.bfloat16().float())
+    for row in range(5):
+        for index in range(scales.shape[1]):
+            values = weight[row, index * group : (index + 1) * group]
+            largest = max(values.tolist(), key=abs)
+            exact = abs(largest) / 127 if kind == "int8" else largest / -8
+            scale = float(scales[row, index])
+            spacing = 2.0**-7 * abs(exact)
+            if kind == "int8":
+                assert exact * (1 - 2**-20) <= scale <= exact + spacing
+            else:
+                assert abs(scale - exact) <= spacing / 2
+            low, high = (-127, 127) if kind == "int8" else (-8, 7)
+            expected = [min(max(round(v / scale), low), high) for v in values.double().tolist()]
+            assert q[row, index * group : (index + 1) * group].tolist() == expected
+
+
+def test_int8_weights_stay_within_half_a_scale() -> None:
+    weight = gaussian(64, 896)
+    q, scales = quantize(weight, "int8")
+    error = (dequantize(q, scales, 128) - weight).abs()
+    assert bool((error <= 0.5001 * scales.repeat_interleave(128, 1)).all())
+
+
+def test_the_largest_weight_of_int4_becomes_minus_eight() -> None:
+    weight = torch.zeros(3, 32)
+    weight[0, 5], weight[1, 5] = 4.0, -4.0
+    weight[2, 3], weight[2, 9] = 2.0, -2.0  # the first of two
+    q, scales = quantize(weight, "int4")
+    assert scales[:, 0].tolist() == [-0.5, 0.5, -0.25]
+    assert (q[0, 5], q[1, 5], q[2, 3], q[2, 9]) == (-8, -8, -8, 7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_halves_go_to_even(kind: QuantizedKind) -> None:
+    weight = torch.tensor([[-127.0 if kind == "int8" else -8.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
+    q, scales = quantize(weight, kind)
+    assert scales.tolist() == [[1.0]]
+    assert q[0, 1:].tolist() == [0, 2, 2, 0, -2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_and_vanishing_groups(kind: QuantizedKind) -> None:
+    weight = torch.zeros(2, 32)
+    weight[1, 0] = 1e-45  # its scale is 0 or the smallest number
+    q, scales = quantize(weight, kind)
+    assert torch.isfinite(scales).all()
+    assert torch.equal(q[0], torch.zeros(32, dtype=torch.int8))
+    assert float(dequantize(q, scales, GROUPS[kind]).abs().max()) <= 1e-38
+
+
+def test_rows_of_zeros_subnormals_and_outliers() -> None:
+    x = gaussian(4, 41)
+    x[0] = 0
+    x[1] *= 1e-43
+    x[2, 7] = 1e30
+    q, scales = quantize_rows(x, 32)
+    assert torch.isfinite(scales).all()
+    assert not q[0].any()
+    assert int(q.abs().max()) <= 127
+    assert q[2].tolist()[7] == 127
+    assert q[2, :7].abs().max() == 0
+    assert (dequantize(q, scales, 32)[3] - x[3]).abs().max() <= float(scales[3].max()) / 2 * 1.001
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_a_row_that_is_not_finite_gives_nan(bad: float) -> None:
+    x = gaussian(2, 64)
+    x[1, 40] = bad
+    out = fake_quantized_linear(x, gaussian(3, 64), None, "int4", exact_activations=False)
+    assert torch.isfinite(out[0]).all()
+    assert torch.isnan(out[1]).all()
+
+
+# Errors of Gaussian weights: a uniform error of a scale has 1/√12 of it. 2.9 σ is the largest of
+# 128 in the mean, 2.1 σ of 32: 2.7 / 127 / √12 = 0.6 % and 2.1 / 8 / √12 = 7.7 % of σ.
+@pytest.mark.parametrize(
+    ("kind", "exact", "bound"),
+    [("int8", True, 0.008), ("int8", False, 0.012), ("int4", True, 0.09), ("int4", False, 0.09)],
+)
+def test_relative_error_of_the_scheme(kind: QuantizedKind, exact: bool, bound: float) -> None:
+    x, weight, bias = gaussian(64, 896), gaussian(128, 896, seed=1), gaussian(128, seed=2)
+    truth = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    out = fake_quantized_linear(x, weight, bias, kind, exact_activations=exact)
+    upcast = fake_quantized_linear(x, weight, bias, kind, exact_activations=exact, upcast=True)
+    relative = float((out.double() - truth).norm() / truth.norm())
+    assert bound / 3 < relative < bound
+    assert float((out.double() - upcast).abs().max()) < 1e-3

@@ -18,6 +18,7 @@ import importlib.machinery, importlib.util, sys
 import numpy as np
 loader = importlib.machinery.ExtensionFileLoader("_C", sys.argv[1])
 native = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+loader.exec_module(native)
 assert (native.isa(), native.isas()) == ("scalar", ["scalar"]), native.isas()
 pool, rng = native.ThreadPool(2), np.random.default_rng(0)
 x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((41, 100), (33, 100)))

@@ -12,8 +12,10 @@ BIN := $(VENV)/bin
 OLDEST_TRITON := build/triton-3.6
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h)
 SANITIZED := build/sanitize
-SANITIZERS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
-STRESS := $(CXX) -O1 -g -std=c++17 -pthread -Icsrc csrc/thread_pool.cpp tests/csrc/thread_pool_stress.cpp
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+CHECKED := $(CXX) -O1 -g1 -std=c++17 -pthread -Wall -Wextra -Werror
+STRESS := csrc/thread_pool.cpp tests/csrc/thread_pool_stress.cpp
+SANITIZED_OBJECTS := $(patsubst csrc/%.cpp,$(SANITIZED)/%.o,$(wildcard csrc/*.cpp))
 # The default number of threads of a test; more only fights over a small machine's cores.
 export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -51,23 +53,41 @@ check: $(VENV)/.installed
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 
 # The thread pool under ThreadSanitizer, then the pool and the extension's tests under
-# AddressSanitizer and UBSan, in a copy of the tree. libstdc++ is loaded first too, or
-# AddressSanitizer does not find how to throw. Leaks are not looked for: Python's own drown ours.
+# AddressSanitizer and UBSan. libstdc++ is loaded first too, or AddressSanitizer does not find how
+# to throw. Leaks are not looked for: Python's own drown ours.
 sanitize: $(VENV)/.installed
-	rm -rf $(SANITIZED)/ovfast $(SANITIZED)/tests
-	mkdir -p $(SANITIZED)
-	cp -a csrc kernels ovfast tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
-	rm -f $(SANITIZED)/ovfast/_C.*.so
-	$(STRESS) -fsanitize=thread -o $(SANITIZED)/stress_tsan
+	$(MAKE) --no-print-directory -j2 $(SANITIZED)/_C.so \
+		$(SANITIZED)/stress_tsan $(SANITIZED)/stress_asan
 	TSAN_OPTIONS=halt_on_error=1 $(SANITIZED)/stress_tsan
-	$(STRESS) $(SANITIZERS) -o $(SANITIZED)/stress_asan
 	ASAN_OPTIONS=detect_leaks=0 $(SANITIZED)/stress_asan
-	cd $(SANITIZED) && CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" OVFAST_REQUIRE_EXT=1 \
-		$(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
-	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) \
+	rm -rf $(SANITIZED)/tree
+	mkdir -p $(SANITIZED)/tree
+	cp -a csrc kernels ovfast tests pyproject.toml $(SANITIZED)/tree
+	rm -f $(SANITIZED)/tree/ovfast/_C.*
+	cp $(SANITIZED)/_C.so $(SANITIZED)/tree/ovfast
+	cd $(SANITIZED)/tree && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) \
 		$$($(CXX) -print-file-name=libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
-		$(CURDIR)/$(BIN)/python -m pytest -q tests/csrc $(PYTEST_ARGS)
+		UBSAN_OPTIONS=print_stacktrace=1 \
+		$(abspath $(BIN))/python -m pytest -q -m "not slow" tests/csrc $(PYTEST_ARGS)
+
+$(SANITIZED)/stress_tsan: $(STRESS) csrc/thread_pool.h
+	@mkdir -p $(@D)
+	$(CHECKED) -fsanitize=thread -Icsrc $(STRESS) -o $@
+
+$(SANITIZED)/stress_asan: $(STRESS) csrc/thread_pool.h
+	@mkdir -p $(@D)
+	$(CHECKED) $(SANITIZERS) -Icsrc $(STRESS) -o $@
+
+$(SANITIZED)/_C.so: $(SANITIZED_OBJECTS)
+	$(CHECKED) $(SANITIZERS) -shared $^ -o $@
+
+$(SANITIZED)/%.o: csrc/%.cpp | $(VENV)/.installed
+	@mkdir -p $(@D)
+	$(CHECKED) $(SANITIZERS) -fPIC -fvisibility=hidden -ffp-contract=off -MMD -MP \
+		$$($(BIN)/python -m pybind11 --includes) -c $< -o $@
+
+-include $(SANITIZED_OBJECTS:.o=.d)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix-only --exit-zero .

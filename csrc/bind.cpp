@@ -1,5 +1,7 @@
 #include "bind.h"
 
+#include <array>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 
@@ -53,6 +55,36 @@ bool HasDtype(const py::array& array, const char* dtype) {
   return false;
 }
 
+// Raises ValueError where elements may share an address: sorted by their strides, each axis has to
+// step over all that the axes before it reach.
+void CheckNoOverlap(const py::array& array, const std::string& name) {
+  constexpr py::ssize_t kMostAxes = 64;  // numpy's own limit
+  std::array<py::ssize_t, kMostAxes> axes;
+  py::ssize_t num_axes = 0;
+  const auto step = [&](py::ssize_t axis) {
+    return static_cast<std::size_t>(std::abs(array.strides(axis)));
+  };
+  for (py::ssize_t axis = array.ndim() - 1; axis >= 0; --axis) {
+    if (array.shape(axis) == 1) continue;
+    py::ssize_t place = num_axes++;
+    for (; place > 0 && step(axes[static_cast<std::size_t>(place - 1)]) > step(axis); --place) {
+      axes[static_cast<std::size_t>(place)] = axes[static_cast<std::size_t>(place - 1)];
+    }
+    axes[static_cast<std::size_t>(place)] = axis;
+  }
+  std::size_t reach = static_cast<std::size_t>(array.itemsize());
+  for (py::ssize_t place = 0; place < num_axes; ++place) {
+    const py::ssize_t axis = axes[static_cast<std::size_t>(place)];
+    if (step(axis) < reach) {
+      throw py::value_error(name + " repeats its elements on axis " + std::to_string(axis) +
+                            ": its stride is " + std::to_string(array.strides(axis)) +
+                            ", less than " + std::to_string(reach) +
+                            " bytes; give an array of its own");
+    }
+    reach += static_cast<std::size_t>(array.shape(axis) - 1) * step(axis);
+  }
+}
+
 }  // namespace
 
 py::array CheckArray(const py::object& object, const std::string& name, const char* dtype,
@@ -104,13 +136,7 @@ py::array CheckOutput(const py::object& object, const std::string& name, const c
                       std::initializer_list<py::ssize_t> shape, py::ssize_t contiguous_from) {
   py::array array = CheckArray(object, name, dtype, shape, contiguous_from);
   if (!array.writeable()) throw py::value_error(name + " is read-only; give a writable array");
-  if (array.size() == 0) return array;  // strides say nothing
-  for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) {
-    if (array.shape(axis) > 1 && array.strides(axis) == 0) {
-      throw py::value_error(name + " repeats its elements on axis " + std::to_string(axis) +
-                            "; give an array of its own");
-    }
-  }
+  if (array.size() > 0) CheckNoOverlap(array, name);  // else strides say nothing
   return array;
 }
 

@@ -11,8 +11,30 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <vector>
 
 #include "thread_pool.h"
+
+// The casters of our classes refuse what `Class.__new__(Class)` gives: an object of which nothing
+// is constructed, for whose value pybind11 would take whatever lies in fresh memory.
+namespace pybind11::detail {
+
+template <class T>
+class ConstructedCaster : public type_caster_base<T> {
+ public:
+  bool load(handle source, bool convert) {
+    if (!type_caster_base<T>::load(source, convert)) return false;
+    if (this->value == nullptr) return true;  // None
+    return reinterpret_cast<instance*>(source.ptr())
+        ->get_value_and_holder(this->typeinfo)
+        .holder_constructed();
+  }
+};
+
+template <>
+class type_caster<ovfast::ThreadPool> : public ConstructedCaster<ovfast::ThreadPool> {};
+
+}  // namespace pybind11::detail
 
 namespace ovfast {
 
@@ -28,7 +50,7 @@ std::string ShapeText(const py::array& array);
 py::array CheckArray(const py::object& object, const std::string& name, const char* dtype,
                      std::initializer_list<py::ssize_t> shape, py::ssize_t contiguous_from = 0);
 
-// The same, and writable.
+// The same, and writable, no two elements at one address.
 py::array CheckOutput(const py::object& object, const std::string& name, const char* dtype,
                       std::initializer_list<py::ssize_t> shape, py::ssize_t contiguous_from = 0);
 
@@ -38,6 +60,16 @@ void CheckDisjoint(const py::array& a, const std::string& a_name, const py::arra
 
 // Raises ValueError unless least ≤ value ≤ most.
 void CheckRange(std::int64_t value, const std::string& name, std::int64_t least, std::int64_t most);
+
+// Raises ValueError that names the first value unless least ≤ value ≤ most.
+template <class T>
+void CheckValues(const std::vector<T>& values, const char* name, std::int64_t least,
+                 std::int64_t most) {
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (values[i] >= least && values[i] <= most) continue;
+    CheckRange(values[i], std::string(name) + "[" + std::to_string(i) + "]", least, most);
+  }
+}
 
 template <class T>
 const T* Data(const py::array& array) {
@@ -53,6 +85,14 @@ T* MutableData(py::array& array) {
 template <class T>
 std::ptrdiff_t StrideOf(const py::array& array, py::ssize_t axis) {
   return array.strides(axis) / static_cast<py::ssize_t>(sizeof(T));
+}
+
+// The elements of an array without gaps. Indices are copied before they are checked: other threads
+// of Python may write to the array while a kernel runs.
+template <class T>
+std::vector<T> CopyOf(const py::array& array) {
+  const T* const data = Data<T>(array);
+  return std::vector<T>(data, data + array.size());
 }
 
 // Runs body(team) on all threads of the pool, without the interpreter's lock.

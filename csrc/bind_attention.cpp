@@ -1,5 +1,7 @@
 // Attention inside views, of a prompt to its prefix, and of single tokens to the cache.
 
+#include <vector>
+
 #include "attention.h"
 #include "bind.h"
 #include "bind_cache.h"
@@ -45,9 +47,10 @@ void ViewAttention(ThreadPool& pool, const py::object& qkv_object, std::int64_t 
   RunOn(pool, [&](Team& team) { Kernels().view_attention(team, args); });
 }
 
-// Positions of rows: an int, that of the first of consecutive rows, or an array.
-py::array CheckPositions(const py::object& object, py::ssize_t num_rows, std::int64_t num_keys,
-                         std::int64_t* start) {
+// Positions of rows: an array; or an int, that of the first of consecutive rows, which goes to
+// `start` and leaves the result empty.
+std::vector<std::int64_t> CheckPositions(const py::object& object, py::ssize_t num_rows,
+                                         std::int64_t num_keys, std::int64_t* start) {
   *start = 0;
   if (py::isinstance<py::int_>(object)) {
     CheckRange(num_rows, "the number of rows of q", 0, num_keys);
@@ -55,17 +58,16 @@ py::array CheckPositions(const py::object& object, py::ssize_t num_rows, std::in
     *start = PyLong_AsLongLongAndOverflow(object.ptr(), &overflow);
     if (overflow != 0) throw py::value_error("positions is out of the range of int64");
     CheckRange(*start, "positions", 0, num_keys - num_rows);
-    return py::array();
+    return {};
   }
-  const py::array positions = CheckArray(object, "positions", "int64", {num_rows});
-  const std::int64_t* const values = Data<std::int64_t>(positions);
-  for (py::ssize_t i = 0; i < num_rows; ++i) {
-    const std::string name = "positions[" + std::to_string(i) + "]";
-    CheckRange(values[i], name, 0, num_keys - 1);
-    if (i > 0 && values[i] < values[i - 1]) {
-      throw py::value_error(name + " is " + std::to_string(values[i]) +
-                            ", less than the one before; sort the rows by position");
-    }
+  const std::vector<std::int64_t> positions =
+      CopyOf<std::int64_t>(CheckArray(object, "positions", "int64", {num_rows}));
+  CheckValues(positions, "positions", 0, num_keys - 1);
+  for (std::size_t i = 1; i < positions.size(); ++i) {
+    if (positions[i] >= positions[i - 1]) continue;
+    throw py::value_error("positions[" + std::to_string(i) + "] is " +
+                          std::to_string(positions[i]) +
+                          ", less than the one before; sort the rows by position");
   }
   return positions;
 }
@@ -78,7 +80,7 @@ void CausalAttention(ThreadPool& pool, const py::object& q_object, const py::obj
   const py::ssize_t num_rows = q.shape(0), num_heads = q.shape(1);
   CheckGroups(num_heads, cache.num_kv_heads);
   std::int64_t start;
-  const py::array positions =
+  const std::vector<std::int64_t> positions =
       CheckPositions(positions_object, num_rows, cache.max_positions, &start);
   py::array out =
       CheckOutput(out_object, "out", "float32", {num_rows, num_heads * cache.head_dim}, 1);
@@ -96,7 +98,7 @@ void CausalAttention(ThreadPool& pool, const py::object& q_object, const py::obj
                                     Data<float>(cache.v),
                                     cache.head_stride,
                                     start,
-                                    positions.size() == 0 ? nullptr : Data<std::int64_t>(positions),
+                                    positions.empty() ? nullptr : positions.data(),
                                     MutableData<float>(out),
                                     StrideOf<float>(out, 0)};
   RunOn(pool, [&](Team& team) { Kernels().causal_attention(team, args); });
@@ -127,8 +129,8 @@ void DecodeAttention(ThreadPool& pool, const py::object& q_object, const py::obj
                                     Data<float>(cache.v),
                                     cache.slot_stride,
                                     cache.head_stride,
-                                    Data<std::int32_t>(places.slots),
-                                    Data<std::int32_t>(places.positions),
+                                    places.slots.data(),
+                                    places.positions.data(),
                                     MutableData<float>(out),
                                     StrideOf<float>(out, 0)};
   RunOn(pool, [&](Team& team) { Kernels().decode_attention(team, args); });

@@ -37,15 +37,11 @@ Cache CheckCache(const py::object& k_object, const std::string& k_name, const py
 
 RowPlaces CheckPlaces(const py::object& slots_object, const py::object& positions_object,
                       py::ssize_t num_rows, const Cache& cache) {
-  const RowPlaces places = {CheckArray(slots_object, "slots", "int32", {num_rows}),
-                            CheckArray(positions_object, "positions", "int32", {num_rows})};
-  const std::int32_t* const slots = Data<std::int32_t>(places.slots);
-  const std::int32_t* const positions = Data<std::int32_t>(places.positions);
-  for (py::ssize_t i = 0; i < num_rows; ++i) {
-    const std::string index = "[" + std::to_string(i) + "]";
-    CheckRange(slots[i], "slots" + index, 0, cache.num_slots - 1);
-    CheckRange(positions[i], "positions" + index, 0, cache.max_positions - 1);
-  }
+  const py::array slots = CheckArray(slots_object, "slots", "int32", {num_rows});
+  const py::array positions = CheckArray(positions_object, "positions", "int32", {num_rows});
+  const RowPlaces places = {CopyOf<std::int32_t>(slots), CopyOf<std::int32_t>(positions)};
+  CheckValues(places.slots, "slots", 0, cache.num_slots - 1);
+  CheckValues(places.positions, "positions", 0, cache.max_positions - 1);
   return places;
 }
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "bind.h"
 
@@ -29,7 +30,7 @@ Cache CheckCache(const py::object& k_object, const std::string& k_name, const py
 
 // Slots and positions of rows that each belong to a request of their own.
 struct RowPlaces {
-  py::array slots, positions;
+  std::vector<std::int32_t> slots, positions;
 };
 
 // Raises TypeError or ValueError unless all lie in the cache.

@@ -21,10 +21,10 @@ constexpr std::int64_t kMostPositions = std::int64_t{1} << 30;
 // The model, and the Python objects whose memory it reads.
 class Decoder {
  public:
-  Decoder(py::object pool, const Weights& embedding, const py::object& norm, const Weights& head,
+  Decoder(ThreadPool& pool, const Weights& embedding, const py::object& norm, const Weights& head,
           float eps, std::int64_t num_heads, std::int64_t num_kv_heads, std::int64_t head_dim,
           const py::object& cos, const py::object& sin)
-      : pool_object_(std::move(pool)), pool_(pool_object_.cast<ThreadPool&>()) {
+      : pool_(pool) {
     CheckRange(num_kv_heads, "num_kv_heads", 1, kMostHeads);
     CheckRange(num_heads, "num_heads", num_kv_heads, kMostHeads);
     CheckRange(head_dim, "head_dim", 2, kMostHeads);
@@ -54,6 +54,8 @@ class Decoder {
   void AddLayer(const py::object& input_norm, const Weights& qkv, const py::object& qkv_bias,
                 const Weights& o, const py::object& post_norm, const Weights& gate_up,
                 const Weights& down) {
+    // Another thread of Python may be in a step.
+    if (workspace_ != nullptr) throw py::value_error("the decoder has made a step; it is complete");
     DecoderLayer layer{};
     const std::int64_t attended = model_.num_heads * model_.head_dim;
     const std::int64_t width = attended + 2 * model_.num_kv_heads * model_.head_dim;
@@ -75,7 +77,6 @@ class Decoder {
       throw py::value_error("gate_up has other sizes than that of the first layer");
     }
     model_.layers.push_back(layer);
-    workspace_.reset();
   }
 
   void Step(const py::object& k_object, const py::object& v_object, const py::object& tokens_object,
@@ -91,10 +92,10 @@ class Decoder {
     py::array v_cache =
         CheckOutput(v_object, "v_cache", "float32",
                     {layers, num_slots, model_.num_kv_heads, positions_of_slot, model_.head_dim});
-    const py::array tokens = CheckArray(tokens_object, "tokens", "int32", {kAny});
-    const py::ssize_t rows = tokens.shape(0);
-    const py::array slots = CheckArray(slots_object, "slots", "int32", {rows});
-    const py::array positions = CheckArray(positions_object, "positions", "int32", {rows});
+    const std::vector<std::int32_t> tokens = Integers(tokens_object, "tokens", kAny);
+    const py::ssize_t rows = static_cast<py::ssize_t>(tokens.size());
+    const std::vector<std::int32_t> slots = Integers(slots_object, "slots", rows);
+    const std::vector<std::int32_t> positions = Integers(positions_object, "positions", rows);
     const py::array forbidden = CheckArray(forbidden_object, "forbidden", "uint8", {vocab_size});
     py::array logits = CheckOutput(logits_object, "logits", "float32", {kAny, vocab_size});
     py::array greedy = CheckOutput(greedy_object, "greedy", "int32", {rows});
@@ -105,23 +106,24 @@ class Decoder {
     CheckDisjoint(k_cache, "k_cache", v_cache, "v_cache");
     CheckDisjoint(k_cache, "k_cache", logits, "logits");
     CheckDisjoint(v_cache, "v_cache", logits, "logits");
+    CheckValues(tokens, "tokens", 0, model_.embedding.rows - 1);
+    CheckValues(slots, "slots", 0, num_slots - 1);
+    CheckValues(positions, "positions", 0,
+                std::min<std::int64_t>(max_positions_, positions_of_slot) - 1);
     std::vector<char> taken(static_cast<std::size_t>(num_slots), 0);
-    const std::int64_t last = std::min<std::int64_t>(max_positions_, positions_of_slot) - 1;
-    for (py::ssize_t i = 0; i < rows; ++i) {
-      const std::string index = "[" + std::to_string(i) + "]";
-      CheckRange(Data<std::int32_t>(tokens)[i], "tokens" + index, 0, model_.embedding.rows - 1);
-      CheckRange(Data<std::int32_t>(slots)[i], "slots" + index, 0, num_slots - 1);
-      CheckRange(Data<std::int32_t>(positions)[i], "positions" + index, 0, last);
-      char& is_taken = taken[static_cast<std::size_t>(Data<std::int32_t>(slots)[i])];
-      if (is_taken != 0) throw py::value_error("slots" + index + " appears twice");
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+      char& is_taken = taken[static_cast<std::size_t>(slots[i])];
+      if (is_taken != 0) {
+        throw py::value_error("slots[" + std::to_string(i) + "] appears twice");
+      }
       is_taken = 1;
     }
     if (workspace_ == nullptr) workspace_ = std::make_unique<float[]>(DecodeWorkspace(model_));
     DecodeStepArgs args{};
     args.num_rows = rows;
-    args.tokens = Data<std::int32_t>(tokens);
-    args.slots = Data<std::int32_t>(slots);
-    args.positions = Data<std::int32_t>(positions);
+    args.tokens = tokens.data();
+    args.slots = slots.data();
+    args.positions = positions.data();
     args.k_cache = MutableData<float>(k_cache);
     args.v_cache = MutableData<float>(v_cache);
     args.num_slots = num_slots;
@@ -136,6 +138,11 @@ class Decoder {
   }
 
  private:
+  static std::vector<std::int32_t> Integers(const py::object& object, const char* name,
+                                            py::ssize_t size) {
+    return CopyOf<std::int32_t>(CheckArray(object, name, "int32", {size}));
+  }
+
   const PackedMatrix& Matrix(const Weights& weights, const char* name, std::int64_t rows,
                              std::int64_t cols, PackedMatrix* out) {
     if (weights == nullptr) throw py::type_error(std::string(name) + " is None");
@@ -164,7 +171,6 @@ class Decoder {
     return Data<float>(array);
   }
 
-  py::object pool_object_;
   ThreadPool& pool_;
   std::vector<Weights> weights_;
   std::vector<py::array> arrays_;
@@ -176,6 +182,12 @@ class Decoder {
 };
 
 }  // namespace
+}  // namespace ovfast
+
+template <>
+class pybind11::detail::type_caster<ovfast::Decoder> : public ConstructedCaster<ovfast::Decoder> {};
+
+namespace ovfast {
 
 void BindDecoder(py::module_& m) {
   py::class_<Decoder>(m, "Decoder", R"doc(Qwen2 as it decodes: a step is one call.
@@ -197,12 +209,12 @@ Args:
 Raises:
     TypeError: an argument of the wrong type or dtype.
     ValueError: sizes that do not fit together.)doc")
-      .def(py::init<py::object, const Weights&, const py::object&, const Weights&, float,
+      .def(py::init<ThreadPool&, const Weights&, const py::object&, const Weights&, float,
                     std::int64_t, std::int64_t, std::int64_t, const py::object&,
                     const py::object&>(),
            py::arg("pool"), py::arg("embedding"), py::arg("norm"), py::arg("head"), py::arg("eps"),
            py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("cos"),
-           py::arg("sin"))
+           py::arg("sin"), py::keep_alive<1, 2>())
       .def("add_layer", &Decoder::AddLayer, py::arg("input_norm"), py::arg("qkv"),
            py::arg("qkv_bias"), py::arg("o"), py::arg("post_norm"), py::arg("gate_up"),
            py::arg("down"), R"doc(Adds the next layer.
@@ -218,7 +230,7 @@ Args:
 
 Raises:
     TypeError: an argument of the wrong type or dtype.
-    ValueError: sizes that do not fit together.)doc")
+    ValueError: sizes that do not fit together, or a step was made before.)doc")
       .def("step", &Decoder::Step, py::arg("k_cache"), py::arg("v_cache"), py::arg("tokens"),
            py::arg("slots"), py::arg("positions"), py::arg("forbidden"), py::arg("logits"),
            py::arg("greedy"), R"doc(Appends one token to each of some requests.

@@ -62,8 +62,13 @@ Memory Allocate(std::size_t num_bytes) {
   return memory;
 }
 
+// Far above any layer, far below what overflows.
+constexpr std::int64_t kMostRows = std::int64_t{1} << 28;
+constexpr std::int64_t kMostCols = std::int64_t{1} << 24;
+
 // One source of rows: float32, float16, or bfloat16 as uint16.
 struct Source {
+  py::array array;  // kept: other threads of Python may empty the list that it came in
   const std::uint8_t* data;
   std::ptrdiff_t row_bytes;
   std::int64_t rows;
@@ -90,10 +95,12 @@ Source CheckSource(const py::object& object, const std::string& name) {
                                : kind == WeightKind::kBfloat16 ? "uint16"
                                                                : "float32";
   const py::array array = CheckArray(object, name, expected, {kAny, kAny}, 1);
-  return {static_cast<const std::uint8_t*>(array.data()), array.strides(0), array.shape(0), kind};
+  return {array, static_cast<const std::uint8_t*>(array.data()), array.strides(0), array.shape(0),
+          kind};
 }
 
 py::array BytesOf(const std::shared_ptr<PackedWeights>& weights) {
+  if (weights == nullptr) throw py::type_error("self is None; expected PackedWeights");
   py::array_t<std::uint8_t> view({static_cast<py::ssize_t>(weights->num_bytes())}, {1},
                                  weights->matrix.data, py::cast(weights));
   view.attr("flags").attr("writeable") = false;
@@ -108,14 +115,15 @@ std::shared_ptr<PackedWeights> Pack(ThreadPool& pool, const std::string& kind_na
   std::int64_t rows = 0, cols = 0;
   for (std::size_t i = 0; i < sources.size(); ++i) {
     const std::string name = "sources[" + std::to_string(i) + "]";
-    const py::object object = sources[i];
-    parts.push_back(CheckSource(object, name));
-    const py::ssize_t width = py::reinterpret_borrow<py::array>(object).shape(1);
+    parts.push_back(CheckSource(sources[i], name));
+    const py::ssize_t width = parts.back().array.shape(1);
     if (i == 0) cols = width;
     if (width != cols || width < 1) {
       throw py::value_error(name + " has " + std::to_string(width) +
                             " columns; expected the same in all, at least 1");
     }
+    CheckRange(width, "the number of columns of " + name, 1, kMostCols);
+    CheckRange(parts.back().rows, "the number of rows of " + name, 0, kMostRows - rows);
     rows += parts.back().rows;
   }
   if (interleaved) {
@@ -165,9 +173,8 @@ std::shared_ptr<PackedWeights> Pack(ThreadPool& pool, const std::string& kind_na
 std::shared_ptr<PackedWeights> FromBuffer(const std::string& kind_name, std::int64_t rows,
                                           std::int64_t cols, const py::object& buffer) {
   const WeightKind kind = KindOf(kind_name);
-  constexpr std::int64_t kMost = std::int64_t{1} << 28;
-  CheckRange(rows, "rows", 0, kMost);
-  CheckRange(cols, "cols", 1, kMost);
+  CheckRange(rows, "rows", 0, 2 * kMostRows);  // as many as interleaved
+  CheckRange(cols, "cols", 1, kMostCols);
   const py::array array = CheckArray(buffer, "buffer", "uint8", {kAny});
   const std::size_t expected = PackedBytes(kind, rows, cols);
   if (static_cast<std::size_t>(array.size()) != expected) {
@@ -221,15 +228,14 @@ void Linear(ThreadPool& pool, const py::object& x_object, const PackedWeights& w
 void Embed(ThreadPool& pool, const PackedWeights& weights, const py::object& ids_object,
            const py::object& out_object) {
   const PackedMatrix& matrix = weights.matrix;
-  const py::array ids = CheckArray(ids_object, "ids", "int32", {kAny});
-  py::array out = CheckOutput(out_object, "out", "float32", {ids.shape(0), matrix.cols}, 1);
-  const std::int32_t* const rows = Data<std::int32_t>(ids);
-  for (py::ssize_t i = 0; i < ids.shape(0); ++i) {
-    CheckRange(rows[i], "ids[" + std::to_string(i) + "]", 0, matrix.rows - 1);
-  }
+  const std::vector<std::int32_t> ids =
+      CopyOf<std::int32_t>(CheckArray(ids_object, "ids", "int32", {kAny}));
+  CheckValues(ids, "ids", 0, matrix.rows - 1);
+  const std::int64_t num_ids = static_cast<std::int64_t>(ids.size());
+  py::array out = CheckOutput(out_object, "out", "float32", {num_ids, matrix.cols}, 1);
+  const std::int32_t* const rows = ids.data();
   float* const to = MutableData<float>(out);
   const std::ptrdiff_t stride = StrideOf<float>(out, 0);
-  const std::int64_t num_ids = ids.shape(0);  // without the lock the array could be reshaped
   RunOn(pool, [&](Team& team) {
     team.For(num_ids, [&](std::int64_t i) { UnpackRow(matrix, rows[i], to + i * stride); });
   });
@@ -262,7 +268,7 @@ Raises:
                              [](const PackedWeights& self) {
                                return py::make_tuple(self.matrix.rows, self.matrix.cols);
                              })
-      .def_property_readonly("nbytes", &PackedWeights::num_bytes)
+      .def_property_readonly("nbytes", [](const PackedWeights& self) { return self.num_bytes(); })
       .def("bytes", &BytesOf, "The packed bytes, (nbytes,) uint8, read-only and without a copy.");
   m.def("pack", &Pack, py::arg("pool"), py::arg("kind"), py::arg("sources"),
         py::arg("interleaved") = false, R"doc(Packs the weights of a linear layer.

@@ -22,4 +22,21 @@ struct PackedWeights {
 
 }  // namespace ovfast
 
+namespace pybind11::detail {
+
+template <>
+class type_caster<ovfast::PackedWeights> : public ConstructedCaster<ovfast::PackedWeights> {};
+
+template <>
+class type_caster<std::shared_ptr<ovfast::PackedWeights>>
+    : public copyable_holder_caster<ovfast::PackedWeights, std::shared_ptr<ovfast::PackedWeights>> {
+ public:
+  bool load(handle source, bool convert) {
+    return type_caster<ovfast::PackedWeights>().load(source, convert) &&
+           copyable_holder_caster::load(source, convert);
+  }
+};
+
+}  // namespace pybind11::detail
+
 #endif  // OVFAST_CSRC_BIND_LINEAR_H_

@@ -19,6 +19,7 @@ namespace {
 
 // Far above any size, far below what overflows.
 constexpr std::int64_t kMostCoordinate = std::int64_t{1} << 40;
+constexpr std::int64_t kMostTableNumbers = std::int64_t{1} << 27;
 
 py::array RequireUint8Array(const py::object& object, const std::string& name, py::ssize_t rank) {
   if (!py::isinstance<py::array>(object)) {
@@ -159,6 +160,9 @@ void ResampleBinding(ThreadPool& pool, const py::object& source_object,
                           "; every size must be at least 1");
   }
   CheckDisjoint(source, "source", out, "out");
+  // The kernel's table; an axis of coefficients may repeat one number without end.
+  CheckRange(coefficients.shape(1), "the number of columns of coefficients", 0,
+             kMostTableNumbers / first.shape(0));
   ResampleArgs args{};
   args.source = Data<std::uint8_t>(source);
   args.source_stride = source.strides(0);
@@ -323,12 +327,16 @@ void PlaceBinding(ThreadPool& pool, const py::object& projected_object,
   CheckDisjoint(token_ids, "token_ids", out, "out");
   args.projected = Data<float>(projected);
   args.projected_stride = StrideOf<float>(projected, 0);
-  args.index = Data<std::int32_t>(index);
-  args.weight = Data<float>(weight);
+  const std::vector<std::int32_t> indices = CopyOf<std::int32_t>(index);
+  const std::vector<float> weights = CopyOf<float>(weight);  // 0 decides whether an index is read
+  std::vector<std::int32_t> ids;
+  if (!token_ids_object.is_none()) ids = CopyOf<std::int32_t>(token_ids);
+  args.index = indices.data();
+  args.weight = weights.data();
   args.num_rows = num_rows;
   args.hidden_size = hidden_size;
   args.newline = Data<float>(newline);
-  args.token_ids = token_ids_object.is_none() ? nullptr : Data<std::int32_t>(token_ids);
+  args.token_ids = ids.data();
   args.out = MutableData<float>(out);
   args.out_stride = StrideOf<float>(out, 0);
   RequireRows(args, projected.shape(0));

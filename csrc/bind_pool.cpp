@@ -2,7 +2,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "bandwidth.h"
@@ -14,7 +13,7 @@ namespace {
 
 double MeasureReadBandwidth(ThreadPool& pool, std::int64_t num_bytes) {
   constexpr std::int64_t kWord = sizeof(std::uint64_t);
-  CheckRange(num_bytes, "num_bytes", kWord, std::numeric_limits<std::int64_t>::max());
+  CheckRange(num_bytes, "num_bytes", kWord, std::int64_t{8} << 30);
   std::vector<std::uint64_t> words(static_cast<std::size_t>(num_bytes / kWord), 1);
   const py::gil_scoped_release release;
   return ReadBandwidth(pool, words.data(), words.size());
@@ -35,7 +34,8 @@ Raises:
              return new ThreadPool(static_cast<int>(num_threads));
            }),
            py::arg("num_threads"))
-      .def_property_readonly("num_threads", &ThreadPool::num_threads);
+      .def_property_readonly("num_threads",
+                             [](const ThreadPool& self) { return self.num_threads(); });
   m.def(
       "isa", [] { return Kernels().isa; },
       "The instruction set in use: 'scalar', 'avx2' or 'avx512'.");
@@ -65,11 +65,11 @@ Raises:
 
 Args:
     pool: threads.
-    num_bytes: size of the buffer, at least 8; more than the caches hold, or it is their speed.
+    num_bytes: size of the buffer, 8 to 8 GiB; more than the caches hold, or it is their speed.
 
 Raises:
-    ValueError: too small a buffer.
-    MemoryError: too large a buffer.)doc");
+    ValueError: too small or too large a buffer.
+    MemoryError: no memory for it.)doc");
 }
 
 }  // namespace ovfast

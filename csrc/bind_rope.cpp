@@ -1,5 +1,7 @@
 // Rotary position embedding.
 
+#include <vector>
+
 #include "bind.h"
 #include "bind_cache.h"
 #include "kernel_table.h"
@@ -54,8 +56,8 @@ void RunRope(ThreadPool& pool, const py::object& qkv_object, const py::object& c
                          cache.slot_stride,
                          cache.head_stride,
                          start,
-                         places == nullptr ? nullptr : Data<std::int32_t>(places->positions),
-                         places == nullptr ? nullptr : Data<std::int32_t>(places->slots)};
+                         places == nullptr ? nullptr : places->positions.data(),
+                         places == nullptr ? nullptr : places->slots.data()};
   RunOn(pool, [&](Team& team) { Kernels().rope(team, args); });
 }
 
@@ -85,9 +87,9 @@ void RopeAndStoreRows(ThreadPool& pool, const py::object& qkv, const py::object&
   CheckRange(num_rows, "the number of rows of qkv", 0, kMostDecodeRows);
   const Cache cache = CheckCache(k_cache, "k_cache", v_cache, "v_cache", true, true);
   const RowPlaces places = CheckPlaces(slots, positions, num_rows, cache);
-  const std::int32_t* const used = Data<std::int32_t>(places.slots);
-  for (py::ssize_t i = 0; i < num_rows; ++i) {
-    for (py::ssize_t j = 0; j < i; ++j) {
+  const std::vector<std::int32_t>& used = places.slots;
+  for (std::size_t i = 0; i < used.size(); ++i) {
+    for (std::size_t j = 0; j < i; ++j) {
       if (used[i] != used[j]) continue;
       throw py::value_error("slots[" + std::to_string(i) + "] is " + std::to_string(used[i]) +
                             ", as slots[" + std::to_string(j) + "]; expected a slot a row");

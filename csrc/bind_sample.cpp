@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "argmax.h"
 #include "bind.h"
@@ -46,11 +47,9 @@ std::int32_t SampleBinding(const py::object& logits_object, const py::object& fo
   const py::array forbidden = CheckArray(forbidden_object, "forbidden", "uint8", {vocab_size});
   py::array seen;
   if (!seen_object.is_none()) seen = CheckArray(seen_object, "seen", "uint8", {vocab_size});
-  const py::array suppressed = CheckArray(suppressed_object, "suppressed", "int32", {kAny});
-  for (py::ssize_t i = 0; i < suppressed.shape(0); ++i) {
-    CheckRange(Data<std::int32_t>(suppressed)[i], "suppressed[" + std::to_string(i) + "]", 0,
-               vocab_size - 1);
-  }
+  const std::vector<std::int32_t> suppressed =
+      CopyOf<std::int32_t>(CheckArray(suppressed_object, "suppressed", "int32", {kAny}));
+  CheckValues(suppressed, "suppressed", 0, vocab_size - 1);
   CheckNumber(penalty, "penalty", 0.0, kMost, true);
   CheckNumber(temperature, "temperature", 0.0, kMost, false);
   CheckRange(top_k, "top_k", 1, std::numeric_limits<std::int64_t>::max());
@@ -62,8 +61,8 @@ std::int32_t SampleBinding(const py::object& logits_object, const py::object& fo
   args.vocab_size = vocab_size;
   args.forbidden = Data<std::uint8_t>(forbidden);
   args.seen = seen_object.is_none() ? nullptr : Data<std::uint8_t>(seen);
-  args.suppressed = Data<std::int32_t>(suppressed);
-  args.num_suppressed = suppressed.shape(0);
+  args.suppressed = suppressed.data();
+  args.num_suppressed = static_cast<std::int64_t>(suppressed.size());
   args.penalty = static_cast<float>(penalty);
   args.temperature = static_cast<float>(temperature);
   args.top_k = top_k;

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <initializer_list>
@@ -103,6 +104,21 @@ struct PoolState {
 
 namespace {
 
+// The regions that a thread is in, of different pools, the innermost first.
+struct Inside {
+  const PoolState* state;
+  const Inside* outer;
+};
+thread_local const Inside* inside = nullptr;
+
+void RequireOutside(const PoolState* state) {
+  for (const Inside* region = inside; region != nullptr; region = region->outer) {
+    if (region->state != state) continue;
+    std::fputs("ovfast: a task opens a region of its own thread pool\n", stderr);
+    std::abort();  // it would wait for itself
+  }
+}
+
 // Waits a little; from some point on lets others run.
 void Relax(const PoolState& state, int* spins) {
   if (++*spins < state.pauses) {
@@ -137,6 +153,8 @@ bool AwaitRegion(PoolState* state, std::uint64_t seen) {
 }
 
 void Work(PoolState* state, int thread) {
+  const Inside region{state, nullptr};
+  inside = &region;
   std::uint64_t seen = kNoRegion;
   while (!state->stops.load() && AwaitRegion(state, seen)) {
     std::uint64_t gate = state->gate.load();
@@ -276,6 +294,8 @@ PoolState* ThreadPool::StateHere() {
 
 void ThreadPool::RunRegion(BodyFunction function, const void* body) {
   PoolState* const state = StateHere();
+  RequireOutside(state);
+  const Inside region{state, inside};
   const std::lock_guard<std::mutex> lock(state->one_region);
   const bool has_workers = state->num_threads > 1;
   if (has_workers && !state->started) StartWorkers(state);
@@ -284,7 +304,9 @@ void ThreadPool::RunRegion(BodyFunction function, const void* body) {
   state->first_phase = state->next_phase;
   if (has_workers) OpenGate(state);
   Team team(state, 0, state->first_phase);
+  inside = &region;
   function(body, team);
+  inside = region.outer;
   if (has_workers) CloseGate(state);
   state->next_phase = team.phase();
 }

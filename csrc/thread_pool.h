@@ -23,7 +23,7 @@ struct PoolState;
 // A late thread runs through calls that the others finished long ago. So what tasks write, and the
 // memory of `Shared`, may be touched by tasks alone; outside of them a body uses what stays the
 // same for the whole region. Tasks must not throw, nor open a region of the same pool: it would
-// wait for itself.
+// wait for itself, so the process ends with a message.
 class Team {
  public:
   Team(PoolState* state, int thread, std::uint32_t phase);

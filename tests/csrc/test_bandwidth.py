@@ -26,14 +26,12 @@ def test_all_bytes_are_read_each_pass() -> None:
     assert rate < 1e12, "a core of today reads less"
 
 
-@pytest.mark.parametrize("num_bytes", [0, 7, -1, -(1 << 63)])
-def test_sizes_without_a_word(num_bytes: int) -> None:
-    with pytest.raises(ValueError, match=f"num_bytes is {num_bytes}; expected 8 or more"):
+@pytest.mark.parametrize("num_bytes", [0, 7, -1, -(1 << 63), (8 << 30) + 1, 1 << 62])
+def test_sizes_out_of_range(num_bytes: int) -> None:
+    with pytest.raises(ValueError, match=f"num_bytes is {num_bytes}; expected 8 to 8589934592"):
         native.read_bandwidth(native.ThreadPool(1), num_bytes)
 
 
 def test_other_errors() -> None:
-    with pytest.raises(MemoryError):
-        native.read_bandwidth(native.ThreadPool(1), 1 << 62)
     with pytest.raises(TypeError, match="read_bandwidth"):
         native.read_bandwidth(1, 64)

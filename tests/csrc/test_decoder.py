@@ -222,6 +222,14 @@ def test_arguments_of_a_step():
         step(decoder, [1], [0], [0], torch_like(locked), v_cache)
 
 
+def test_no_layer_after_a_step():
+    model = Model()
+    decoder = model.decoder()
+    step(decoder, [1], [0], [0], *caches())
+    with pytest.raises(ValueError, match="has made a step"):
+        decoder.add_layer(**model.layer_arguments())
+
+
 def torch_like(array):
     """An array that step() takes as it is."""
 

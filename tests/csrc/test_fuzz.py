@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
     [(0, 60), *(pytest.param(seed, 4000, marks=pytest.mark.slow) for seed in (1, 2))],
 )
 def test_random_calls(seed: int, num_calls: int, tmp_path: Path) -> None:
-    from tests.support.native_fuzz import PLAUSIBLE
+    from tests.support.native_arguments import PLAUSIBLE
 
     report = tmp_path / "report"
     command = [sys.executable, "-m", "tests.support.native_fuzz", str(seed), str(num_calls)]

@@ -8,21 +8,13 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+from tests.support.native_norm import norm_is_right
 
 native = pytest.importorskip("ovfast._C", reason="the native extension is not built")
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def norm_is_right(pool: object, seed: int) -> bool:
-    """One operation of many tasks, against numpy."""
-    x = np.random.default_rng(seed).standard_normal((300, 64)).astype(np.float32)
-    out = np.full_like(x, np.nan)
-    native.rms_norm(pool, x, np.ones(64, np.float32), 1e-6, out)
-    truth = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 1e-6)
-    return bool(np.allclose(out, truth, atol=1e-5))
 
 
 @pytest.mark.slow
@@ -40,15 +32,16 @@ def test_stress(tmp_path: Path) -> None:
 
 FORK = """
 import os, warnings
-from tests.csrc.test_thread_pool import native, norm_is_right
+from tests.support.native_arguments import native
+from tests.support.native_norm import norm_is_right
 warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: it is the point
 pool = native.ThreadPool(3)
-assert norm_is_right(pool, 0)
+assert norm_is_right(native, pool, 0)
 for seed in range(5):
     child = os.fork()
     if child == 0:
-        os._exit(0 if all(norm_is_right(pool, seed + i) for i in range(20)) else 1)
-    assert norm_is_right(pool, seed)
+        os._exit(0 if all(norm_is_right(native, pool, seed + i) for i in range(20)) else 1)
+    assert norm_is_right(native, pool, seed)
     assert os.waitpid(child, 0)[1] == 0
 del pool
 """
@@ -63,13 +56,14 @@ def test_forked_child_uses_a_pool_of_before() -> None:
 
 EXIT = """
 import threading, time
-from tests.csrc.test_thread_pool import native, norm_is_right
+from tests.support.native_arguments import native
+from tests.support.native_norm import norm_is_right
 pool = native.ThreadPool(3)
 asleep = native.ThreadPool(2)
-norm_is_right(asleep, 0)
+norm_is_right(native, asleep, 0)
 def work():
     while True:
-        norm_is_right(pool, 0)
+        norm_is_right(native, pool, 0)
 threading.Thread(target=work, daemon=True).start()
 time.sleep(0.05)
 """
@@ -90,7 +84,7 @@ def test_callers_on_several_threads(num_threads: int) -> None:
     results: list[bool] = []
 
     def work(seed: int) -> None:
-        results.extend(norm_is_right(pool, seed + i) for i in range(30))
+        results.extend(norm_is_right(native, pool, seed + i) for i in range(30))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
@@ -103,7 +97,7 @@ def test_callers_on_several_threads(num_threads: int) -> None:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
 def test_idle_workers_use_no_processor() -> None:
     pool = native.ThreadPool(4)
-    assert norm_is_right(pool, 0)
+    assert norm_is_right(native, pool, 0)
     time.sleep(0.05)  # they look out for a while
     before = time.clock_gettime(time.CLOCK_PROCESS_CPUTIME_ID)
     time.sleep(0.5)
@@ -118,4 +112,4 @@ def test_number_of_threads_out_of_range(num_threads: int) -> None:
 
 def test_destroyed_while_workers_are_awake() -> None:
     for seed in range(20):
-        assert norm_is_right(native.ThreadPool(4), seed)
+        assert norm_is_right(native, native.ThreadPool(4), seed)

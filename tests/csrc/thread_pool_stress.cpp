@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -176,6 +177,28 @@ void TestFewThreads() {
   Require(ExitStatus(child) == 0, "a pool does with fewer threads than wanted");
 }
 
+// A task that opens a region of its own pool ends the process instead of waiting for ever; one of
+// another pool may.
+void TestNested() {
+  const pid_t child = fork();
+  Require(child >= 0, "fork");
+  if (child == 0) {
+    std::fclose(stderr);
+    ThreadPool pool(2), other(2);
+    pool.Run([&](Team& team) {
+      team.For(1, [&](std::int64_t) { TestVisibility(other, 4, 4); });
+      team.For(1, [&](std::int64_t) {
+        other.Run([&](Team& inner) {
+          if (inner.thread() == 0) pool.Run([](Team&) {});
+        });
+      });
+    });
+    std::_Exit(0);
+  }
+  const int status = ExitStatus(child);
+  Require(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT, "a nested region ends the process");
+}
+
 // Pools that come and go: unused, used once, with workers asleep and awake.
 void TestLifetimes() {
   for (int round = 0; round < Rounds(60); ++round) {
@@ -197,6 +220,7 @@ int main(int argc, char** argv) {
     if (kFollowsForks) TestFork(pool);
   }
   TestLifetimes();
+  if (kFollowsForks) TestNested();
   if (kHasLimits) TestFewThreads();
   std::printf("ok\n");
   return 0;

@@ -2,8 +2,8 @@
 // operation means.
 //
 // int8: products of bytes would saturate in 16 bits, so weights and inputs are widened to 16 bits
-// and multiplied in pairs. int4: a product of an unsigned nibble and a byte is at most 15 · 127,
-// and the 16 of a group that meet in a 16-bit lane at most 30 480: they are summed there.
+// and multiplied in pairs. int4: products of unsigned nibbles and bytes fit 16 bits in pairs, and so
+// do the sums of the 16 of a group that meet in a lane.
 
 // Four bytes of inputs in every lane. They are fetched here and not earlier: the compiler would
 // fetch those of all rows at once and had no registers left for the sums.
@@ -63,7 +63,7 @@ struct Dot<WeightKind::kInt4> {
     StoreI(operands + kLineBytes, AndI(ShiftRightUnsigned<4>(line), SetI(0x0f0f0f0f)));
   }
   // The sums are 16 bits wide until the end: those of inputs 0 and 1 of each four, and of 2 and 3.
-  // So is what both begin with. They may wrap on the way, the whole is at most 16 · 8 · 127.
+  // So is what both begin with. From there to the end they stay within 16 · 8 · 127.
   static OVFAST_INLINE std::int32_t Correction(const std::int32_t (&sums)[kLanes]) {
     std::uint32_t low = 0, high = 0;
     for (int lane = 0; lane < kLanes; lane += 4) {

@@ -2,8 +2,8 @@
 // operation means.
 //
 // int8: products of bytes would saturate in 16 bits, so weights and inputs are widened to 16 bits
-// and multiplied in pairs. int4: products of unsigned nibbles and bytes fit 16 bits in pairs, and so
-// do the sums of the 16 of a group that meet in a lane.
+// and multiplied in pairs. int4: products of unsigned nibbles and bytes fit 16 bits in pairs, and
+// so do the sums of the 16 of a group that meet in a lane.
 
 // Four bytes of inputs in every lane. They are fetched here and not earlier: the compiler would
 // fetch those of all rows at once and had no registers left for the sums.

@@ -21,7 +21,7 @@ template <WeightKind kKind>
 struct Dot {
   using Input = std::int8_t;  // an input, as stored in its own order
   static constexpr int kLines = kKind == WeightKind::kInt8 ? 1 : 2;
-  // What weights in an operand are too high by. The correction is -kExcess · the sum of the inputs.
+  // What weights in an operand are too high by: unsigned bytes are multiplied with signed ones.
   static constexpr std::int32_t kExcess = kKind == WeightKind::kInt8 ? 128 : 8;
 
   static OVFAST_INLINE void Expand(VecI line, std::uint8_t* operands) {
@@ -32,13 +32,19 @@ struct Dot {
       StoreI(operands + kLineBytes, AndI(ShiftRightUnsigned<4>(line), SetI(0x0f0f0f0f)));
     }
   }
+  // Of the sums of a group's inputs 0, 16, …, then 1, 17, …, and so on to 15, 31, ….
+  static OVFAST_INLINE std::int32_t Correction(const std::int32_t (&sums)[kLanes]) {
+    std::int32_t sum = 0;
+    for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
+    return -kExcess * sum;
+  }
   static OVFAST_INLINE VecI Start(std::int32_t correction) { return SetI(correction); }
   static OVFAST_INLINE VecI Add(VecI sums, VecI weights, const void* inputs) {
     std::int32_t bits;
     std::memcpy(&bits, inputs, sizeof(bits));
     return AddBytes(sums, weights, SetI(bits));
   }
-  static OVFAST_INLINE VecI End(VecI sums, std::int32_t) { return sums; }
+  static OVFAST_INLINE VecI End(VecI sums) { return sums; }
   // Stores 16 inputs.
   static OVFAST_INLINE void Store16(Input* to, VecI inputs) {
     for (int i = 0; i < kLanes; ++i) to[i] = static_cast<Input>(inputs.v[i]);

@@ -21,14 +21,27 @@ template <WeightKind kKind>
 constexpr std::int64_t kGroupOperands =
     kGroupOf<kKind> * static_cast<std::int64_t>(sizeof(typename Dot<kKind>::Input)) / 4;
 
-// x in groups; all arrays (num_groups, num_rows).
+// x in groups; all arrays (num_panels, num_rows, kPanelGroups), so that what a tile of rows reads
+// of a panel lies together.
 template <WeightKind kKind>
 struct QuantizedRows {
   typename Dot<kKind>::Input* inputs;  // of kGroupOf inputs each, zero where padded
   float* scales;
-  std::int32_t* corrections;  // -kExcess · the sum of a group's inputs
+  std::int32_t* corrections;  // what the integer sums begin with
   std::int64_t num_rows;
 };
+
+// Where a group of a row is in them.
+template <WeightKind kKind>
+OVFAST_INLINE std::int64_t IndexOf(std::int64_t group, std::int64_t row, std::int64_t num_rows) {
+  constexpr std::int64_t kGroups = kPanelGroups<kKind>;
+  return (group / kGroups * num_rows + row) * kGroups + group % kGroups;
+}
+
+// 16 floats, 0 behind the first `count`.
+OVFAST_INLINE Vec LoadUpTo(const float* x, std::int64_t count) {
+  return count >= kLanes ? Load(x) : count <= 0 ? Zero() : LoadPart(x, static_cast<int>(count));
+}
 
 // Quantises a group of `count` inputs to (kGroupOf,) integers.
 template <WeightKind kKind>
@@ -36,7 +49,7 @@ inline void QuantizeInputs(const float* x, std::int64_t count, typename Dot<kKin
                            float* scale, std::int32_t* correction) {
   Vec most = Zero(), poison = Zero();
   for (std::int64_t k = 0; k < count; k += kLanes) {
-    const Vec values = LoadPart(x + k, static_cast<int>(LeastOf(kLanes, count - k)));
+    const Vec values = LoadUpTo(x + k, count - k);
     most = Max(most, Max(values, Sub(Zero(), values)));
     poison = Fma(values, Zero(), poison);  // NaN from inf and NaN: outputs are NaN, not wrong
   }
@@ -45,8 +58,7 @@ inline void QuantizeInputs(const float* x, std::int64_t count, typename Dot<kKin
   const Vec divisor = Set(*scale == 0.0f ? 1.0f : *scale);
   VecI sums = ZeroI();
   for (std::int64_t k = 0; k < kGroupOf<kKind>; k += kLanes) {
-    const Vec values =
-        k < count ? LoadPart(x + k, static_cast<int>(LeastOf(kLanes, count - k))) : Zero();
+    const Vec values = LoadUpTo(x + k, count - k);
     // Beyond ±127 only where the scale is subnormal; the second operand wins where one is NaN.
     const Vec quotient = Max(Div(values, divisor), Set(-127.0f));
     const VecI q = RoundToInt(Min(quotient, Set(127.0f)));
@@ -55,9 +67,7 @@ inline void QuantizeInputs(const float* x, std::int64_t count, typename Dot<kKin
   }
   alignas(64) std::int32_t lanes[kLanes];
   StoreI(lanes, sums);
-  std::int32_t sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
-  *correction = -Dot<kKind>::kExcess * sum;
+  *correction = Dot<kKind>::Correction(lanes);
 }
 
 // Panel of weights of one block, expanded.
@@ -90,9 +100,9 @@ OVFAST_NOINLINE void AddPanel(const QuantizedRows<kKind>& x, std::int64_t first_
                               std::int64_t num_k, const Panel<kKind>* panels, float* totals,
                               std::int64_t totals_stride) {
   using Input = typename Dot<kKind>::Input;
-  constexpr std::int64_t kGroup = kGroupOf<kKind>;
+  constexpr std::int64_t kGroup = kGroupOf<kKind>, kRowStride = kGroup * kPanelGroups<kKind>;
   for (std::int64_t i = 0; i * kGroup < num_k; ++i) {
-    const std::int64_t index = (k / kGroup + i) * x.num_rows + first_row;
+    const std::int64_t index = IndexOf<kKind>(k / kGroup + i, first_row, x.num_rows);
     const Input* const inputs = x.inputs + index * kGroup;
     const std::int64_t num_operands =
         LeastOf(kGroup, num_k - i * kGroup) * static_cast<std::int64_t>(sizeof(Input)) / 4;
@@ -102,9 +112,10 @@ OVFAST_NOINLINE void AddPanel(const QuantizedRows<kKind>& x, std::int64_t first_
     for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
       for (int block = 0; block < kBlocks; ++block) {
-        sums[row][block] = Dot<kKind>::Start(x.corrections[index + row]);
+        sums[row][block] = Dot<kKind>::Start(x.corrections[index + row * kPanelGroups<kKind>]);
       }
     }
+#pragma GCC unroll 2
     for (std::int64_t operand = 0; operand < num_operands; ++operand) {
       VecI weights[kBlocks];
 #pragma GCC unroll 4
@@ -115,7 +126,8 @@ OVFAST_NOINLINE void AddPanel(const QuantizedRows<kKind>& x, std::int64_t first_
 #pragma GCC unroll 16
       for (int row = 0; row < kRows; ++row) {
         const char* const input =
-            reinterpret_cast<const char*>(inputs + row * kGroup) + operand * 4;
+
+            reinterpret_cast<const char*>(inputs + row * kRowStride) + operand * 4;
 #pragma GCC unroll 4
         for (int block = 0; block < kBlocks; ++block) {
           sums[row][block] = Dot<kKind>::Add(sums[row][block], weights[block], input);
@@ -126,12 +138,15 @@ OVFAST_NOINLINE void AddPanel(const QuantizedRows<kKind>& x, std::int64_t first_
     for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
       for (int block = 0; block < kBlocks; ++block) {
-        const VecI dot = Dot<kKind>::End(sums[row][block], x.corrections[index + row]);
-        const Vec scale = Mul(Set(x.scales[index + row]), Load(panels[block].scales + i * kBlock));
+        const VecI dot = Dot<kKind>::End(sums[row][block]);
+        const Vec scale = Mul(Set(x.scales[index + row * kPanelGroups<kKind>]),
+                              Load(panels[block].scales + i * kBlock));
         float* const total = totals + row * totals_stride + block * kBlock;
         Store(total, Fma(scale, ToFloat(dot), Load(total)));
       }
     }
+    // Else the compiler would carry the totals to the next group in a second copy.
+    __asm__ volatile("" ::: "memory");
   }
 }
 
@@ -161,6 +176,7 @@ inline void AddDots(const LinearArgs& args, const QuantizedRows<kKind>& x, std::
   const std::int64_t block_bytes =
       scale_bytes + padded * kBlock / (kKind == WeightKind::kInt8 ? 1 : 2);
   const std::int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
+  const std::int64_t low_rows = num_rows / num_tiles, num_high = num_rows % num_tiles;
   const std::int64_t totals_stride = kDotBlocks * kBlock;
   Panel<kKind> panels[kTileBlocks];
   for (std::int64_t k = 0; k < padded; k += kPanelInputs) {
@@ -170,13 +186,13 @@ inline void AddDots(const LinearArgs& args, const QuantizedRows<kKind>& x, std::
         const std::int64_t index = first_block + LeastOf(block + i, num_blocks - 1);
         ExpandWeights<kKind>(matrix.data + index * block_bytes, scale_bytes, k, num_k, panels + i);
       }
-      for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
-        // Tiles of even height: a low one costs as much as a high one.
-        const std::int64_t row = tile * num_rows / num_tiles;
-        const std::int64_t tile_rows = (tile + 1) * num_rows / num_tiles - row;
+      // Tiles of even height: a low one costs as much as a high one.
+      for (std::int64_t tile = 0, row = 0; tile < num_tiles; ++tile) {
+        const std::int64_t tile_rows = low_rows + (tile < num_high ? 1 : 0);
         AddPanelRows<kKind, kTileRows>(tile_rows, x, first_row + row, k, num_k, panels,
                                        totals + row * totals_stride + block * kBlock,
                                        totals_stride);
+        row += tile_rows;
       }
     }
   }
@@ -188,7 +204,8 @@ inline QuantizedRows<kKind> QuantizeAll(Team& team, const LinearArgs& args) {
   using Input = typename Dot<kKind>::Input;
   const std::int64_t cols = args.matrix.cols;
   const std::int64_t num_groups = NumGroups(kKind, cols);
-  const std::int64_t count = num_groups * args.num_rows;
+  const std::int64_t num_panels = (num_groups + kPanelGroups<kKind> - 1) / kPanelGroups<kKind>;
+  const std::int64_t count = num_panels * kPanelGroups<kKind> * args.num_rows;
   const std::size_t input_bytes = static_cast<std::size_t>(count * kGroupOf<kKind>) * sizeof(Input);
   char* const memory =
       static_cast<char*>(team.Shared(input_bytes + static_cast<std::size_t>(count) * 8));
@@ -202,7 +219,7 @@ inline QuantizedRows<kKind> QuantizeAll(Team& team, const LinearArgs& args) {
     for (std::int64_t group = 0; group < num_groups; ++group) {
       const std::int64_t first = group * kGroupOf<kKind>;
       for (std::int64_t row = i * kQuantizedRows; row < end; ++row) {
-        const std::int64_t index = group * args.num_rows + row;
+        const std::int64_t index = IndexOf<kKind>(group, row, args.num_rows);
         QuantizeInputs<kKind>(
             args.x + row * args.x_stride + first, LeastOf(kGroupOf<kKind>, cols - first),
             x.inputs + index * kGroupOf<kKind>, x.scales + index, x.corrections + index);

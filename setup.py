@@ -22,7 +22,12 @@ extension = Pybind11Extension(
     sources=SOURCES,
     depends=HEADERS,
     cxx_std=17,
-    extra_compile_args=["-O3", *FLAGS, *(["-Werror"] if REQUIRE_EXT else [])],
+    # CFLAGS of the environment may ask for another optimisation.
+    extra_compile_args=[
+        *([] if "CFLAGS" in os.environ else ["-O3"]),
+        *FLAGS,
+        *(["-Werror"] if REQUIRE_EXT else []),
+    ],
     optional=not REQUIRE_EXT,
 )
 

@@ -153,6 +153,8 @@ class TransformersSide:
     def decode(self, context: int) -> float:
         from transformers import DynamicCache
 
+        from ovfast.verify.oracle import cache_argument
+
         torch, text = self._torch, self._model.model.language_model
         config = text.config
         shape = (
@@ -169,7 +171,7 @@ class TransformersSide:
             for _ in range(STEPS):
                 start = time.perf_counter()
                 ids = torch.tensor([[token]])
-                out = self._model(input_ids=ids, past_key_values=cache, use_cache=True)
+                out = self._model(input_ids=ids, **cache_argument(self._model, cache))
                 token = int(out.logits[0, -1].argmax())
                 times.append(time.perf_counter() - start)
         return statistics.median(times)

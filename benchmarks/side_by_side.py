@@ -66,6 +66,7 @@ def start_transformers(checkpoint: str, dtype: str, threads: int) -> Answer:
     from ovfast.anyres import VisualOptions
     from ovfast.config import ModelConfig
     from ovfast.processor import Processor
+    from ovfast.verify.oracle import cache_argument
 
     torch.set_num_threads(threads)
     ours = Processor(
@@ -99,8 +100,7 @@ def start_transformers(checkpoint: str, dtype: str, threads: int) -> Answer:
             if step + 1 < count:
                 out = model(
                     input_ids=torch.tensor([[token]]),
-                    past_key_values=out.past_key_values,
-                    use_cache=True,
+                    **cache_argument(model, out.past_key_values),
                 )
 
     return answer

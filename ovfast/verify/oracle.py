@@ -7,6 +7,7 @@ projector gets, what the language model gets, what the head gets.
 import contextlib
 import gc
 import importlib
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from ovfast.model_inputs import ModelInputs
 from ovfast.verify.cases import NUM_NEW_TOKENS, Case, expand_prompt
 from ovfast.verify.stages import Head, Stages
 
-__all__ = ["Oracle", "why_unavailable"]
+__all__ = ["Oracle", "cache_argument", "why_unavailable"]
 
 # Releases from it on have the Pillow processor and do not apply the unused post-layernorm, as
 # 4.57.0 and 4.57.1 do.
@@ -48,6 +49,14 @@ def why_unavailable(config: ModelConfig) -> str | None:
     if found < MIN_VERSION:
         return f"transformers {version} is too old; {install}"
     return None
+
+
+def cache_argument(module: torch.nn.Module, cache: Any) -> dict[str, Any]:
+    """A cache to go on with, as the module's release of transformers names it: from 5.24 on
+    "cache", before "past_key_values".
+    """
+    names = inspect.signature(module.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
 
 
 class Oracle:
@@ -160,7 +169,7 @@ class Oracle:
             if len(token_ids) == NUM_NEW_TOKENS:
                 break
             token = torch.tensor([[token_ids[-1]]], device=self._device)
-            outputs = model.model(input_ids=token, past_key_values=cache, use_cache=True)
+            outputs = model.model(input_ids=token, **cache_argument(model.model, cache))
             last = outputs.last_hidden_state[0]
         spans = [seen.inputs_embeds[span.start : span.end] for span in inputs.spans]
         return Stages(

@@ -22,9 +22,9 @@ extension = Pybind11Extension(
     sources=SOURCES,
     depends=HEADERS,
     cxx_std=17,
-    # CFLAGS of the environment may ask for another optimisation.
+    # CXXFLAGS of the environment may ask for another optimisation.
     extra_compile_args=[
-        *([] if "CFLAGS" in os.environ else ["-O3"]),
+        *([] if "CXXFLAGS" in os.environ else ["-O3"]),
         *FLAGS,
         *(["-Werror"] if REQUIRE_EXT else []),
     ],

@@ -28,7 +28,7 @@ def build(kind: str, source: Path, target: Path, **environment: str) -> Path:
     )
     target.mkdir()
     # What the compiler makes is tested elsewhere; here it need not be fast.
-    unoptimised = {"CFLAGS": "-O0"}
+    unoptimised = {"CFLAGS": "-O0", "CXXFLAGS": "-O0"}
     result = subprocess.run(
         [sys.executable, "-c", code, str(target)],
         cwd=source,

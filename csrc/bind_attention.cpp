@@ -17,6 +17,18 @@ void CheckGroups(std::int64_t num_heads, std::int64_t num_kv_heads) {
                         std::to_string(num_kv_heads) + ", the heads of the keys");
 }
 
+// The result of attention over keys and values: (rows of q, heads · head_dim), apart from all
+// three.
+py::array CheckAttended(const py::object& object, const py::array& q, const Cache& cache,
+                        const char* k_name, const char* v_name) {
+  py::array out =
+      CheckOutput(object, "out", "float32", {q.shape(0), q.shape(1) * cache.head_dim}, 1);
+  CheckDisjoint(q, "q", out, "out");
+  CheckDisjoint(cache.k, k_name, out, "out");
+  CheckDisjoint(cache.v, v_name, out, "out");
+  return out;
+}
+
 void ViewAttention(ThreadPool& pool, const py::object& qkv_object, std::int64_t num_heads,
                    std::int64_t tokens_per_view, const py::object& out_object) {
   const py::array qkv = CheckArray(qkv_object, "qkv", "float32", {kAny, kAny}, 1);
@@ -82,11 +94,7 @@ void CausalAttention(ThreadPool& pool, const py::object& q_object, const py::obj
   std::int64_t start;
   const std::vector<std::int64_t> positions =
       CheckPositions(positions_object, num_rows, cache.max_positions, &start);
-  py::array out =
-      CheckOutput(out_object, "out", "float32", {num_rows, num_heads * cache.head_dim}, 1);
-  CheckDisjoint(q, "q", out, "out");
-  CheckDisjoint(cache.k, "k", out, "out");
-  CheckDisjoint(cache.v, "v", out, "out");
+  py::array out = CheckAttended(out_object, q, cache, "k", "v");
   if (num_rows == 0) return;
   const CausalAttentionArgs args = {Data<float>(q),
                                     StrideOf<float>(q, 0),
@@ -113,11 +121,7 @@ void DecodeAttention(ThreadPool& pool, const py::object& q_object, const py::obj
   CheckRange(num_rows, "the number of rows of q", 0, kMostDecodeRows);
   CheckGroups(num_heads, cache.num_kv_heads);
   const RowPlaces places = CheckPlaces(slots, positions, num_rows, cache);
-  py::array out =
-      CheckOutput(out_object, "out", "float32", {num_rows, num_heads * cache.head_dim}, 1);
-  CheckDisjoint(q, "q", out, "out");
-  CheckDisjoint(cache.k, "k_cache", out, "out");
-  CheckDisjoint(cache.v, "v_cache", out, "out");
+  py::array out = CheckAttended(out_object, q, cache, "k_cache", "v_cache");
   if (num_rows == 0) return;
   const DecodeAttentionArgs args = {Data<float>(q),
                                     StrideOf<float>(q, 0),

@@ -1,4 +1,4 @@
-// Dot products of quantised inputs and weights by AVX2. See dot_scalar.inl.h for what each
+// Dot products of quantised inputs and weights by AVX2. See dot_bytes.inl.h for what each
 // operation means.
 //
 // int8: products of bytes would saturate in 16 bits, so weights and inputs are widened to 16 bits

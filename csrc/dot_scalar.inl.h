@@ -1,9 +1,4 @@
-// Dot products of quantised inputs and weights in plain C++, and what they are on every set.
-//
-// `Expand` turns a packed line of weights into kLines operands of 64 bytes. An operand is
-// multiplied with 32 bits of a row's inputs, the same in every lane: lane n is the sum of the
-// products of one output. `Start` … `Add` … `End` sum a group; `correction` is that of the row in
-// this group.
+// Products of bytes in plain C++; what the operations of dot_avx512.inl.h mean.
 
 // As _mm512_dpbusd_epi32: four unsigned bytes of a times four signed bytes of b, added.
 OVFAST_INLINE VecI AddBytes(VecI sums, VecI a, VecI b) {
@@ -16,37 +11,9 @@ OVFAST_INLINE VecI AddBytes(VecI sums, VecI a, VecI b) {
     return sum;
   });
 }
+// Sixteen bytes; the lanes lie in their range.
+OVFAST_INLINE void StoreSigned(std::int8_t* to, VecI a) {
+  for (int i = 0; i < kLanes; ++i) to[i] = static_cast<std::int8_t>(a.v[i]);
+}
 
-template <WeightKind kKind>
-struct Dot {
-  using Input = std::int8_t;  // an input, as stored in its own order
-  static constexpr int kLines = kKind == WeightKind::kInt8 ? 1 : 2;
-  // What weights in an operand are too high by: unsigned bytes are multiplied with signed ones.
-  static constexpr std::int32_t kExcess = kKind == WeightKind::kInt8 ? 128 : 8;
-
-  static OVFAST_INLINE void Expand(VecI line, std::uint8_t* operands) {
-    if constexpr (kKind == WeightKind::kInt8) {
-      StoreI(operands, XorI(line, SetI(static_cast<std::int32_t>(0x80808080u))));
-    } else {
-      StoreI(operands, AndI(line, SetI(0x0f0f0f0f)));
-      StoreI(operands + kLineBytes, AndI(ShiftRightUnsigned<4>(line), SetI(0x0f0f0f0f)));
-    }
-  }
-  // Of the sums of a group's inputs 0, 16, …, then 1, 17, …, and so on to 15, 31, ….
-  static OVFAST_INLINE std::int32_t Correction(const std::int32_t (&sums)[kLanes]) {
-    std::int32_t sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
-    return -kExcess * sum;
-  }
-  static OVFAST_INLINE VecI Start(std::int32_t correction) { return SetI(correction); }
-  static OVFAST_INLINE VecI Add(VecI sums, VecI weights, const void* inputs) {
-    std::int32_t bits;
-    std::memcpy(&bits, inputs, sizeof(bits));
-    return AddBytes(sums, weights, SetI(bits));
-  }
-  static OVFAST_INLINE VecI End(VecI sums) { return sums; }
-  // Stores 16 inputs.
-  static OVFAST_INLINE void Store16(Input* to, VecI inputs) {
-    for (int i = 0; i < kLanes; ++i) to[i] = static_cast<Input>(inputs.v[i]);
-  }
-};
+#include "dot_bytes.inl.h"

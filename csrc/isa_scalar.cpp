@@ -6,6 +6,7 @@
 
 #include "argmax.h"
 #include "attention.h"
+#include "float_bits.h"
 #include "isa.h"
 #include "kernel_table.h"
 #include "linear.h"

@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "float_bits.h"
 #include "linear.h"
 
 namespace ovfast {
@@ -9,18 +10,6 @@ namespace {
 
 constexpr int kLargestInt8 = 127;
 constexpr float kLowestInt4 = -8.0f, kHighestInt4 = 7.0f;
-
-std::uint32_t BitsOf(float x) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return bits;
-}
-
-float OfBits(std::uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-}
 
 // The first weight of the largest magnitude.
 float LargestOf(const float* weights, std::int64_t count) {
@@ -37,8 +26,7 @@ std::uint16_t ScaleOf(WeightKind kind, float largest) {
     return static_cast<std::uint16_t>((BitsOf(__builtin_fabsf(largest) / kLargestInt8) + 0xffffu) >>
                                       16);
   }
-  const std::uint32_t bits = BitsOf(largest / kLowestInt4);
-  return static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+  return ToBrain(largest / kLowestInt4);
 }
 
 // q = weight / scale to the nearest, halves to even; 0 where the scale is 0.
@@ -78,7 +66,7 @@ void PackQuantizedTile(WeightKind kind, const float* tile, std::int64_t cols, st
       const std::uint16_t scale = ScaleOf(kind, LargestOf(from, count));
       scales[first / group * kBlock + row] = scale;
       std::int8_t q[kInt8Group];
-      QuantizeGroup(kind, from, count, OfBits(static_cast<std::uint32_t>(scale) << 16), q);
+      QuantizeGroup(kind, from, count, FromBrain(scale), q);
       if (kind == WeightKind::kInt8) {
         for (std::int64_t k = 0; k < count; k += 4) {
           std::memcpy(weights + OffsetOf(kind, row, first + k), q + k, 4);
@@ -103,11 +91,11 @@ void UnpackQuantizedRow(const PackedMatrix& matrix, std::int64_t row, float* out
   const std::uint8_t* const weights = block + ScaleBytes(kind, matrix.cols);
   row %= kBlock;
   for (std::int64_t col = 0; col < matrix.cols; ++col) {
-    const std::uint32_t scale = scales[col / GroupOf(kind) * kBlock + row];
+    const std::uint16_t scale = scales[col / GroupOf(kind) * kBlock + row];
     const std::uint8_t byte = weights[OffsetOf(kind, row, col / 4 * 4) + col % 4];
     const int q = kind == WeightKind::kInt8 ? static_cast<std::int8_t>(byte)
                                             : (col % 8 < 4 ? byte & 15 : byte >> 4) - 8;
-    out[col] = OfBits(scale << 16) * static_cast<float>(q);
+    out[col] = FromBrain(scale) * static_cast<float>(q);
   }
 }
 

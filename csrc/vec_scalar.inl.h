@@ -24,17 +24,6 @@ OVFAST_INLINE VecI EachI(const Function& f) {
   for (int i = 0; i < kLanes; ++i) out.v[i] = f(i);
   return out;
 }
-OVFAST_INLINE std::uint32_t BitsOf(float x) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return bits;
-}
-OVFAST_INLINE float OfBits(std::uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-
 OVFAST_INLINE Vec Set(float x) {
   return Each([&](int) { return x; });
 }
@@ -139,18 +128,11 @@ OVFAST_INLINE VecI AsInt(Vec a) {
 }
 // Sixteen float16.
 OVFAST_INLINE Vec LoadHalf(const std::uint16_t* p) {
-  return Each([&](int i) {
-    const std::uint32_t sign = (p[i] & 0x8000u) << 16, magnitude = p[i] & 0x7fffu;
-    if (magnitude >= 0x7c00u) return OfBits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-    // Below the normal numbers the exponent is fixed: the product is exact.
-    const float value = magnitude >= 0x400u ? OfBits((magnitude << 13) + 0x38000000u)
-                                            : static_cast<float>(magnitude) * 0x1p-24f;
-    return OfBits(sign | BitsOf(value));
-  });
+  return Each([&](int i) { return FromHalf(p[i]); });
 }
 // Sixteen bfloat16.
 OVFAST_INLINE Vec LoadBrain(const std::uint16_t* p) {
-  return Each([&](int i) { return OfBits(static_cast<std::uint32_t>(p[i]) << 16); });
+  return Each([&](int i) { return FromBrain(p[i]); });
 }
 
 #include "bytes_scalar.inl.h"

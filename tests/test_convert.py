@@ -22,6 +22,7 @@ from ovfast import (
     conversion,
 )
 from ovfast.packed_file import PACKED_FILE, PackedFile, PackedWriter
+from ovfast.storage import STORAGES
 from ovfast.verify import verify
 from tests.support.checkpoints import CheckpointSpec, make_checkpoint
 from tests.support.engines import REQUESTS, open_engine
@@ -29,7 +30,6 @@ from tests.support.engines import REQUESTS, open_engine
 pytest.importorskip("ovfast._C", reason="the native extension is not built")
 
 Make = Callable[..., Path]
-STORAGES = ("float32", "float16", "bfloat16", "int8", "int4")
 # Widths that are no multiple of a block or a group; the halves of the MLP are padded.
 ODD = CheckpointSpec(
     vision_mlp=205, hidden=90, mlp=85, heads=6, kv_heads=2, head_dim=16, tie=False, vocab_size=601
@@ -43,18 +43,6 @@ def options_of(storage: str) -> dict[str, str]:
 def logits_of(engine: Engine) -> torch.Tensor:
     inputs = engine.prepare(**REQUESTS["image"])
     return engine.forward(inputs, positions=range(inputs.num_tokens - 5, inputs.num_tokens))
-
-
-@pytest.fixture(scope="module")
-def kept(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("kept") / "packed"
-    return ovfast.convert(tiny_checkpoint, out, quantization="int8")
-
-
-@pytest.fixture
-def packed(kept: Path, tmp_path: Path) -> Path:
-    """A packed directory that a test may damage."""
-    return Path(shutil.copytree(kept, tmp_path / "packed"))
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,14 @@ from ovfast import BackendError, CapacityError, Engine
 from ovfast.models.llava_onevision import LlavaOnevision
 from ovfast.native_runner import NativeRunner
 from tests.support.engines import REQUESTS, free_slots, open_engine
+from tests.support.runners import (
+    OPTIONS,
+    assert_batch_of_many,
+    assert_options_side_by_side,
+    assert_same_answer,
+)
 
 pytest.importorskip("ovfast._C", reason="the native extension is not built")
-
-OPTIONS = [
-    {"max_new_tokens": 7},
-    {"max_new_tokens": 1},
-    {"max_new_tokens": 9, "temperature": 1.3, "seed": 5},
-    {"max_new_tokens": 9, "temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 3},
-    {"max_new_tokens": 8, "repetition_penalty": 1.7},
-    {"max_new_tokens": 6, "logprobs": 3},
-    {"max_new_tokens": 12, "temperature": 3.0, "seed": 8, "min_new_tokens": 10},
-]
 
 
 @pytest.fixture(scope="module")
@@ -41,36 +37,15 @@ def test_alone(plain: Engine, native: Engine, name, options):
     ignore = {"ignore_eos": "min_new_tokens" not in options}
     expected = plain.generate(**REQUESTS[name], **options, **ignore)
     got = native.generate(**REQUESTS[name], **options, **ignore)
-    assert got.token_ids == expected.token_ids
-    assert got.finish_reason == expected.finish_reason
-    assert got.text == expected.text
-    if expected.logprobs is not None:
-        for ours, theirs in zip(got.logprobs, expected.logprobs, strict=True):
-            assert [i for i, _ in ours.top] == [i for i, _ in theirs.top]
-            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+    assert_same_answer(got, expected, 1e-4)
 
 
 def test_a_batch_of_more_than_a_step_holds(plain: Engine, native: Engine):
-    """20 slots are two groups of rows; requests of all lengths, more than slots."""
-    prompts = [f"Number {index}?" for index in range(26)]
-    options = {"temperature": 1.5, "seed": 11, "max_new_tokens": 9}
-    expected = [plain.generate(prompt, **options).token_ids for prompt in prompts]
-    assert [output.token_ids for output in native.generate(prompts, **options)] == expected
+    assert_batch_of_many(plain, native)
 
 
 def test_different_options_side_by_side(plain: Engine, native: Engine):
-    expected = [plain.generate("Go on.", ignore_eos=True, **o).token_ids for o in OPTIONS[:-1]]
-    streams = [native.stream("Go on.", ignore_eos=True, **options) for options in OPTIONS[:-1]]
-    got: list[list[int]] = [[] for _ in streams]
-    alive = dict(enumerate(streams))
-    while alive:
-        for index, stream in list(alive.items()):
-            chunk = next(stream, None)
-            if chunk is None:
-                del alive[index]
-            else:
-                got[index] += chunk.token_ids
-    assert [tuple(tokens) for tokens in got] == expected
+    assert_options_side_by_side(plain, native)
 
 
 def test_a_full_slot_ends_its_request_alone(tiny_checkpoint):

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,24 +12,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-import ovfast
 from ovfast import CheckpointError
 from ovfast.packed_file import PACKED_FILE, Matrix, PackedFile, PackedWriter
 from tests.support.engines import open_engine
 
 pytest.importorskip("ovfast._C", reason="the native extension is not built")
-
-
-@pytest.fixture(scope="module")
-def kept(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("kept") / "packed"
-    return ovfast.convert(tiny_checkpoint, out, quantization="int8")
-
-
-@pytest.fixture
-def packed(kept: Path, tmp_path: Path) -> Path:
-    """A packed directory that a test may damage."""
-    return Path(shutil.copytree(kept, tmp_path / "packed"))
 
 
 def test_the_file_is_what_safetensors_reads(packed: Path) -> None:

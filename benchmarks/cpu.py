@@ -30,18 +30,20 @@ from typing import Any
 
 from benchmarks.side_by_side import (
     QUESTION,
+    commit,
     cpu_name,
     encoded_picture,
     memory_bytes,
     start_transformers,
     summary,
+    write_record,
 )
+from ovfast.storage import STORAGES, bytes_per_param
 
 PROMPT = 2962  # tokens of a 640×480 picture and a short question
 CONTEXTS = (64, 3000)
 STEPS = 16  # tokens of a decode measurement
 PARTS = ("decode", "tower", "prefill", "first_token", "load")
-STORAGES = ("float32", "bfloat16", "float16", "int8", "int4")
 
 
 class OvfastSide:
@@ -331,9 +333,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "command": "python -m benchmarks.cpu " + " ".join(args.given),
         "machine": machine,
         "versions": {name: version(name) for name in ("torch", "transformers")},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": commit(),
         "load": loads,
         "peak_bytes": peaks,
         "milliseconds": {
@@ -390,10 +390,11 @@ def floors(args: argparse.Namespace, machine: dict[str, Any]) -> dict[str, float
     from ovfast.roofline import decode_bytes
 
     text = ModelConfig.from_checkpoint(Path(args.checkpoint)).text
-    sizes = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1 + 2 / 128, "int4": 0.5625}
     rate = 1e9 * machine["read_gb_per_s"]
     return {
-        f"decode at {context}, {name}": 1e3 * decode_bytes(text, context, sizes[name], 4.0) / rate
+        f"decode at {context}, {name}": 1e3
+        * decode_bytes(text, context, bytes_per_param(name), 4.0)
+        / rate
         for context in CONTEXTS
         for name in args.sides
         if name in STORAGES
@@ -423,9 +424,7 @@ def main() -> None:
     args.sides = args.sides.split(",") + [name for name in args.gguf.split(",") if name]
     args.packed = dict(entry.split("=", 1) for entry in args.packed)
     record = run(args)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(record, args.out)
     print(json.dumps({k: v for k, v in record.items() if k != "samples"}, indent=1))
 
 

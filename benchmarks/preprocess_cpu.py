@@ -14,10 +14,8 @@ that holds both goes below it.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -29,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.side_by_side import cpu_name
+from benchmarks.side_by_side import commit, cpu_name, write_record
 from ovfast.anyres import VisualGeometry, VisualOptions, plan_image
 from ovfast.ops import make_ops
 from ovfast.pixels import PixelLoader, Pixels
@@ -157,9 +155,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "copy_gb_per_s": rate / 1e9,
         },
         "versions": {name: version(name) for name in ("torch", "transformers", "pillow", "numpy")},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": commit(),
         "rows": rows,
     }
 
@@ -184,9 +180,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file for the record")
     args = parser.parse_args()
     record = run(args)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(record, args.out)
 
 
 if __name__ == "__main__":

@@ -214,9 +214,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "read_gb_per_s": rate / 1e9,
         },
         "versions": {name: version(name) for name in ("torch", "transformers", "pillow")},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": commit(),
         "sides": {
             name: {
                 "ttft_ms": summary([s["ttft_ms"] for s in samples[name]]),
@@ -241,6 +239,19 @@ def cpu_name() -> str:
     return platform.machine()
 
 
+def commit() -> str:
+    """The checkout's commit, short."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def write_record(record: dict[str, Any], file: Path | None) -> None:
+    """Writes a record as JSON where a file was named."""
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -254,9 +265,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file for the record")
     args = parser.parse_args()
     record = run(args)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(record, args.out)
     shown = {key: value for key, value in record.items() if key != "samples"}
     print(json.dumps(shown, indent=1))
 

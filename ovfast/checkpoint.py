@@ -28,7 +28,7 @@ from ovfast.tensor_names import (
     expected_tensors,
     is_unused,
 )
-from ovfast.weight_files import StoredTensor, listing, read_headers, read_tensor
+from ovfast.weight_files import StoredTensor, listing, problem_list, read_headers, read_tensor
 
 __all__ = [
     "CheckpointWeights",
@@ -264,15 +264,7 @@ class CheckpointWeights:
             for part, shape in wanted.items()
             if part in self._tensors and self._stored(part).shape != shape
         ]
-        problems = [
-            f"{len(names)} {kind}: {listing(names)}"
-            for kind, names in (
-                ("missing", missing),
-                ("unexpected", unexpected),
-                ("of another shape", misshapen),
-            )
-            if names
-        ]
+        problems = problem_list(missing, unexpected, misshapen)
         if problems:
             raise CheckpointError(
                 f"{self._path}: tensors {'; '.join(problems)}. Expected exactly those of a "

@@ -18,11 +18,12 @@ from ovfast.checkpoint import CheckpointWeights, resolve_checkpoint, terminal_pr
 from ovfast.config import ModelConfig
 from ovfast.errors import CheckpointError, OptionError
 from ovfast.models.parameters import Loader
-from ovfast.ops import PackedLinear, make_ops
+from ovfast.ops import PackedLinear, make_ops, with_storage
 from ovfast.packed_file import PACKED_FILE, Matrix, PackedWriter, is_packed_file
-from ovfast.packed_weights import LM_HEAD, PATCH, PackedShapes, is_packed, packed_shapes
+from ovfast.packed_weights import PATCH, PackedShapes, is_packed, packed_shapes
 from ovfast.processor import Processor
 from ovfast.storage import dtype_name, wanted_storage
+from ovfast.tensor_names import LM_HEAD
 
 __all__ = ["convert"]
 
@@ -68,7 +69,7 @@ def convert(
     """
     storage = wanted_storage(dtype, quantization)
     cpu = torch.device("cpu")
-    make_ops(cpu, "native")  # raises where it is not built, before anything is downloaded
+    ops = make_ops(cpu, "native")  # raises where it is not built, before anything is downloaded
     target = _check_target(out)
     path = resolve_checkpoint(model)
     if is_packed(path):
@@ -80,7 +81,7 @@ def convert(
     weights = CheckpointWeights(path, config, progress=terminal_progress())
     Processor(path, config)  # the copies are complete, or nothing is written
     storage = storage or dtype_name(weights.storage_dtype)
-    loader = Loader(weights, make_ops(cpu, "native", storage=storage), torch.float32, cpu)
+    loader = Loader(weights, with_storage(ops, storage), torch.float32, cpu)
     shapes = packed_shapes(config, weights.vocab_size, tied=LM_HEAD not in weights.names)
     _write_directory(path, target, lambda file: _write_weights(file, loader, shapes, config))
     weights.finish()

@@ -105,8 +105,8 @@ class NativeRunner(EagerRunner):
             if state.is_over:
                 continue
             if state.logits is not None:
-                # Of a step that was cut, perhaps: the next one writes where these lie.
-                state.logits = state.logits.clone()
+                if slot in self._greedy:  # of a step that was cut: the next writes where they lie
+                    state.logits = state.logits.clone()
                 continue
             if state.num_prompt + state.num_tokens > self._cache.max_positions:
                 continue  # `_step` reports that the slot is full

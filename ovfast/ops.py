@@ -185,7 +185,7 @@ def with_storage(ops: Ops, storage: str) -> Ops:
     """The operations of a native back end that keeps weights in `storage`."""
     if storage == ops.storage:
         return ops
-    return replace(ops, **ops_native.native_fields(ops.native, ops.pool.num_threads, storage))
+    return replace(ops, **ops_native.native_fields(ops.native, ops.pool, storage))
 
 
 def _plain_ops(device: torch.device) -> Ops:
@@ -223,7 +223,7 @@ def _with_native(
             " slower than it could. Install a C++17 compiler and reinstall ovfast"
         )
         return ops
-    own = ops_native.native_fields(native, threads, storage)
+    own = ops_native.native_fields(native, ops_native.native_pool(native, threads), storage)
     return replace(ops, backend="native", **own)
 
 

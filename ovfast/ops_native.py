@@ -18,16 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ovfast import reference
 from ovfast.cpu_threads import available_threads
 from ovfast.errors import BackendError
 from ovfast.reference import PackedLinear, RowTable
 from ovfast.reference_pixels import UInt8Array
+from ovfast.storage import DTYPES, STORAGES
 
-__all__ = ["STORAGES", "native_fields", "native_module"]
-
-# How the weights of linear layers can be kept.
-STORAGES = ("float32", "float16", "bfloat16", "int8", "int4")
-PROJECT_ROWS = 1024  # rows of the projector at a time
+__all__ = ["native_fields", "native_module", "native_pool"]
 
 
 def native_module() -> ModuleType:
@@ -47,16 +45,20 @@ def native_module() -> ModuleType:
     return native
 
 
-def native_fields(native: ModuleType, threads: int | None, storage: str) -> dict[str, Any]:
+def native_pool(native: ModuleType, threads: int | None) -> Any:
+    """Threads of operations, the caller's included; None: all processors of this process."""
+    return native.ThreadPool(available_threads() if threads is None else threads)
+
+
+def native_fields(native: ModuleType, pool: Any, storage: str) -> dict[str, Any]:
     """Fields of an `Ops`.
 
     Args:
         native: the compiled module.
-        threads: of an operation; None takes all processors that the process may use.
+        pool: of `native_pool`.
         storage: of the weights, one of STORAGES.
     """
     assert storage in STORAGES
-    pool = native.ThreadPool(available_threads() if threads is None else threads)
     own = _Native(native, pool, storage)
     names = (
         "pack_linear",
@@ -118,8 +120,7 @@ class _Native:
 
     def pack_patch(self, weight: Tensor) -> Any:
         # Small and read once a patch: never quantised.
-        is_float = self._storage in ("float32", "float16", "bfloat16")
-        return self._pack(self._storage if is_float else "float32", [weight])
+        return self._pack(self._storage if self._storage in DTYPES else "float32", [weight])
 
     def _apply(
         self,
@@ -233,14 +234,9 @@ class _Native:
         embedding: PackedLinear,
         out: Tensor,
     ) -> Tensor:
-        source_rows = table.source_rows
-        if len(source_rows) < features.shape[0]:
-            features = features.index_select(0, source_rows)
-        projected = torch.empty(len(source_rows), out.shape[1])
-        for first in range(0, len(source_rows), PROJECT_ROWS):
-            block = slice(first, first + PROJECT_ROWS)
-            hidden = self._apply(features[block], linear_1, "gelu_erf")
-            projected[block] = self._apply(hidden, linear_2)
+        projected = reference.project_sources(
+            features, table.source_rows, linear_1, linear_2, out, self.fused_linear
+        )
         self._native.place(
             self._pool,
             projected.numpy(),

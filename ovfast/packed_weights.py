@@ -16,13 +16,12 @@ from ovfast.config import ModelConfig
 from ovfast.errors import CheckpointError
 from ovfast.packed_file import PACKED_FILE, PackedFile
 from ovfast.storage import STORAGES
-from ovfast.tensor_names import expected_tensors
-from ovfast.weight_files import listing
+from ovfast.tensor_names import LM_HEAD, expected_tensors
+from ovfast.weight_files import listing, problem_list
 
-__all__ = ["LM_HEAD", "PATCH", "PackedCheckpoint", "PackedShapes", "is_packed", "packed_shapes"]
+__all__ = ["PATCH", "PackedCheckpoint", "PackedShapes", "is_packed", "packed_shapes"]
 
 EMBEDDING = "language_model.embed_tokens.weight"
-LM_HEAD = "lm_head.weight"
 PATCH = "vision_tower.patch_embedding"
 BLOCK_ROWS = 16  # as kBlock of csrc/linear.h: gate and up are padded to it, each for itself
 
@@ -124,15 +123,7 @@ class PackedCheckpoint:
                 for name, shape in wanted.items()
                 if name in given and given[name] != shape
             ]
-            problems += [
-                f"{len(names)} {kind}: {listing(names)}"
-                for kind, names in (
-                    ("missing", missing),
-                    ("unexpected", unexpected),
-                    ("of another shape", misshapen),
-                )
-                if names
-            ]
+            problems += problem_list(missing, unexpected, misshapen)
         if problems:
             raise self._damaged(f"tensors {'; '.join(problems)}")
 

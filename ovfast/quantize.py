@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ovfast.storage import GROUPS
+
 QuantizedKind = Literal["int8", "int4"]
 
-GROUPS: dict[QuantizedKind, int] = {"int8": 128, "int4": 32}
 LARGEST_INT8 = 127
 LOWEST_INT4, HIGHEST_INT4 = -8, 7
 

@@ -8,6 +8,7 @@ depend on its neighbours.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -393,6 +394,37 @@ class RowTable:
     has_pooled: bool
 
 
+def project_sources(
+    features: Tensor,
+    source_rows: Tensor,
+    linear_1: PackedLinear,
+    linear_2: PackedLinear,
+    like: Tensor,
+    apply_fused_linear: Callable[..., Tensor],
+) -> Tensor:
+    """Both linear layers of the projector over the feature rows in use.
+
+    Args:
+        features: (num_rows, vision_hidden_size).
+        source_rows: (num_sources,) int32.
+        linear_1: vision_hidden_size → hidden_size, followed by the exact GELU.
+        linear_2: hidden_size → hidden_size.
+        like: a tensor of the result's width, dtype and device.
+        apply_fused_linear: `fused_linear` of the back end.
+
+    Returns:
+        (num_sources, hidden_size).
+    """
+    if len(source_rows) < features.shape[0]:
+        features = features.index_select(0, source_rows)
+    projected = like.new_empty(len(source_rows), like.shape[1])
+    for first in range(0, len(source_rows), PROJECT_ROWS):
+        block = slice(first, first + PROJECT_ROWS)
+        hidden = apply_fused_linear(features[block], linear_1, activation="gelu_erf")
+        projected[block] = apply_fused_linear(hidden, linear_2)
+    return projected
+
+
 def project_and_pack(
     features: Tensor,
     table: RowTable,
@@ -421,14 +453,8 @@ def project_and_pack(
     Returns:
         out.
     """
-    source_rows = table.source_rows
-    if len(source_rows) < features.shape[0]:
-        features = features.index_select(0, source_rows)
-    projected = out.new_empty(len(source_rows), out.shape[1])
-    for first in range(0, len(source_rows), PROJECT_ROWS):
-        block = slice(first, first + PROJECT_ROWS)
-        hidden = gelu(apply_linear(features[block], linear_1), approximate="none")
-        projected[block] = apply_linear(hidden, linear_2)
+    fused = partial(fused_linear, apply_linear=apply_linear)
+    projected = project_sources(features, table.source_rows, linear_1, linear_2, out, fused)
     pool_and_pack(projected, table.index, table.weight, newline, out)
     is_text = table.index[:, 0] == TEXT_ROW
     out[is_text] = embedding.weight[token_ids[is_text].long()]

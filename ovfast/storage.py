@@ -12,6 +12,7 @@ from ovfast.errors import OptionError, QuantizationError
 
 __all__ = [
     "DTYPES",
+    "GROUPS",
     "QUANTIZATIONS",
     "STORAGES",
     "bytes_per_param",
@@ -20,17 +21,18 @@ __all__ = [
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Bytes of a group of weights with its float16 scale, and the weights in it.
-_GROUPS = {"int8": (128 + 2, 128), "int4": (16 + 2, 32)}
-QUANTIZATIONS = tuple(_GROUPS)
+# Weights that share a bfloat16 scale: neighbouring inputs of one output.
+GROUPS = {"int8": 128, "int4": 32}
+QUANTIZATIONS = tuple(GROUPS)
 STORAGES = (*DTYPES, *QUANTIZATIONS)
+_BITS = {"int8": 8, "int4": 4}
+_SCALE_BYTES = 2
 
 
 def bytes_per_param(storage: str) -> float:
     """Bytes of one weight of a linear layer, its share of the scale included."""
-    if storage in _GROUPS:
-        num_bytes, count = _GROUPS[storage]
-        return num_bytes / count
+    if storage in GROUPS:
+        return _BITS[storage] / 8 + _SCALE_BYTES / GROUPS[storage]
     return DTYPES[storage].itemsize
 
 

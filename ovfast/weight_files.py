@@ -4,7 +4,7 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ovfast.errors import CheckpointError
 from ovfast.json_fields import load_json
 from ovfast.tensor_names import logical_name
 
-__all__ = ["StoredTensor", "listing", "read_headers", "read_tensor"]
+__all__ = ["StoredTensor", "listing", "problem_list", "read_headers", "read_tensor"]
 
 STORAGE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -174,6 +174,14 @@ def _check_dtypes(tensors: Iterable[StoredTensor]) -> None:
             f"tensors of a dtype that ovfast does not read: {listing(wrong)}; expected "
             f"{', '.join(STORAGE_DTYPES)}. Load the unquantised checkpoint."
         )
+
+
+def problem_list(
+    missing: Collection[str], unexpected: Collection[str], misshapen: Collection[str]
+) -> list[str]:
+    """For a message: how many tensors are wrong in each way, and which."""
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    return [f"{len(names)} {kind}: {listing(names)}" for kind, names in kinds.items() if names]
 
 
 def listing(names: Iterable[str], limit: int = 8) -> str:

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from ovfast.quantize import (
-    GROUPS,
     QuantizedKind,
     dequantize,
     fake_quantized_linear,
     quantize,
     quantize_rows,
 )
+from ovfast.storage import GROUPS
 
 KINDS: tuple[QuantizedKind, ...] = ("int8", "int4")
 

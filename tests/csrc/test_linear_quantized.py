@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovfast.quantize import GROUPS, QuantizedKind, dequantize, fake_quantized_linear, quantize
+from ovfast.quantize import QuantizedKind, dequantize, fake_quantized_linear, quantize
+from ovfast.storage import GROUPS
 from tests.support.accuracy import assert_two_times_rule
 
 native = pytest.importorskip("ovfast._C", reason="the native extension is not built")

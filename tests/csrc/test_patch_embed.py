@@ -6,23 +6,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from ovfast import reference_pixels
 from ovfast.pixels import view_pixels
 from tests.support.accuracy import assert_two_times_rule
+from tests.support.pixel_cases import (
+    ALL_VIEWS,
+    BEYOND,
+    IDENTITY,
+    INSIDE,
+    OUTSIDE,
+    PADDED,
+    SIZES,
+    lay_out,
+)
 
 native = pytest.importorskip("ovfast._C", reason="the native extension is not built")
 
 POOL = native.ThreadPool(1)
-# (picture, top, left, fill) of views of 56 × 56; the pictures are 56 × 56, 70 × 90 and 20 × 33.
-IDENTITY = [(0, 0, 0, 0)]
-INSIDE = [(1, 0, 0, 0), (1, 14, 34, 0), (1, 3, 7, 127)]
-PADDED = [(1, -10, 5, 0), (1, 5, -11, 127), (2, -18, -12, 127), (2, -18, -12, 0)]
-BEYOND = [(1, 50, 60, 0), (1, -50, 60, 127), (1, 50, -50, 255), (2, -1, -1, 9)]
-OUTSIDE = [(1, 70, 0, 127), (1, -56, 0, 3), (1, 0, 90, 0), (1, 0, -56, 5), (1, 999, -999, 200)]
-ALL_VIEWS = [*IDENTITY, *INSIDE, *PADDED, *BEYOND, *OUTSIDE]
-SIZES = [(56, 56), (70, 90), (20, 33)]
 
 
 @dataclass
@@ -53,15 +54,6 @@ class Case:
         assert_two_times_rule(self.run(), same_dtype, truth)
 
 
-def window_of(picture: torch.Tensor, top: int, left: int, fill: int, side: int) -> torch.Tensor:
-    """The view, pixel by pixel as the windows define it."""
-    y, x = torch.arange(side) + top, torch.arange(side) + left
-    inside_y, inside_x = (y >= 0) & (y < len(picture)), (x >= 0) & (x < picture.shape[1])
-    view = torch.full((side, side, 3), fill, dtype=torch.uint8)
-    view[inside_y[:, None] & inside_x] = picture[y[inside_y]][:, x[inside_x]].reshape(-1, 3)
-    return view
-
-
 def make_case(
     views: list[tuple[int, int, int, int]],
     *,
@@ -74,31 +66,19 @@ def make_case(
 ) -> Case:
     """Pictures with gaps between them and behind each row, all of value `around`."""
     generator = torch.Generator().manual_seed(hidden)
-    pictures = [
-        torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8) for size in sizes
-    ]
-    pixels = [torch.full((19,), around, dtype=torch.uint8)]
-    places = []
-    for index, picture in enumerate(pictures):
-        gap = (0, 5, 16)[index]
-        places.append((sum(map(len, pixels)), 3 * picture.shape[1] + gap))
-        pixels.append(F.pad(picture.flatten(1), (0, gap), value=around).flatten())
-        pixels.append(torch.full((7,), around, dtype=torch.uint8))
-    rows = [
-        (*places[at], *pictures[at].shape[:2], top, left, fill) for at, top, left, fill in views
-    ]
+    laid_out = lay_out(generator, views, sizes, image, around)
     dtype = getattr(torch, kind)
     weight = (torch.randn(hidden, 3 * patch * patch, generator=generator) / patch).to(dtype)
     source = weight.view(torch.uint16) if dtype == torch.bfloat16 else weight
     bias = torch.randn(hidden, generator=generator)
     positions = torch.randn((image // patch) ** 2, hidden, generator=generator)
     return Case(
-        pixels=torch.cat(pixels).numpy(),
-        windows=np.array(rows, np.int64).reshape(-1, 7),
+        pixels=laid_out.pixels.numpy(),
+        windows=laid_out.windows.numpy(),
         weights=native.pack(POOL, kind, [source.numpy()]),
         stored_weight=weight.float(),
         offset=reference_pixels.patch_offset(weight, bias, positions),
-        views=[window_of(pictures[at], top, left, fill, image) for at, top, left, fill in views],
+        views=laid_out.views,
         image=image,
     )
 

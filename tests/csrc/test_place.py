@@ -8,40 +8,17 @@ import torch
 
 from ovfast import reference
 from tests.support.accuracy import assert_two_times_rule
-from tests.support.row_tables import pooled_table, random_table
+from tests.support.row_tables import TEXT, Table, pooled_table, random_table, with_text
 
 native = pytest.importorskip("ovfast._C", reason="the native extension is not built")
 
 POOL = native.ThreadPool(1)
-NEWLINE, TEXT = -1, -2
 NUM_WORDS = 7
-
-Table = tuple[torch.Tensor, torch.Tensor]
+UNREAD = (9999, -9, 0)  # further indices of a text row
 
 
 def normal(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def with_text(table: Table, before: int, between: int, after: int) -> Table:
-    """Text rows at the start, in the middle and at the end. What they need not have is NaN."""
-    index, weight = table
-    middle = index.shape[0] // 2
-
-    def text(count: int) -> Table:
-        rows = torch.tensor([[TEXT, 9999, -9, 0]], dtype=torch.int32).expand(count, 4)
-        return rows, torch.full((count, 4), float("nan"))
-
-    parts = (
-        text(before),
-        (index[:middle], weight[:middle]),
-        text(between),
-        (index[middle:], weight[middle:]),
-        text(after),
-    )
-    index, weight = (torch.cat(part) for part in zip(*parts, strict=True))
-    weight[index[:, 0] == NEWLINE] = float("nan")
-    return index.contiguous(), weight
 
 
 def place(
@@ -114,7 +91,7 @@ def test_text_between_features(isa: str) -> None:
     embedding, projected = normal(NUM_WORDS, 41), normal(30, 41)
     table = random_table(20, 30, seed=1)
     plain = place(projected, table)
-    mixed = with_text(table, 3, 2, 4)
+    mixed = with_text(table, 3, 2, 4, UNREAD)
     out = place(projected, mixed, embedding)
     is_text = mixed[0][:, 0] == TEXT
     words = torch.arange(len(out)) % NUM_WORDS
@@ -124,7 +101,7 @@ def test_text_between_features(isa: str) -> None:
 
 
 def test_text_is_left_alone_without_an_embedding(isa: str) -> None:
-    mixed = with_text(random_table(20, 30, seed=1), 3, 2, 4)
+    mixed = with_text(random_table(20, 30, seed=1), 3, 2, 4, UNREAD)
     out = place(normal(30, 41), mixed)
     is_text = mixed[0][:, 0] == TEXT
     assert bool(out[is_text].isnan().all())

@@ -4,24 +4,25 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from ovfast import reference_pixels
 from ovfast.pixels import view_pixels
 from tests.support.accuracy import assert_two_times_rule
 from tests.support.devices import kernel_params
+from tests.support.pixel_cases import (
+    ALL_VIEWS,
+    BEYOND,
+    IDENTITY,
+    INSIDE,
+    OUTSIDE,
+    PADDED,
+    SIZES,
+    lay_out,
+)
 
 kernel = pytest.importorskip("ovfast.kernels.patch_embed", reason="needs triton")
 
 PATCH = 14
-# (picture, top, left, fill) of views of 56 × 56; the pictures are 56 × 56, 70 × 90 and 20 × 33.
-IDENTITY = [(0, 0, 0, 0)]
-INSIDE = [(1, 0, 0, 0), (1, 14, 34, 0), (1, 3, 7, 127)]
-PADDED = [(1, -10, 5, 0), (1, 5, -11, 127), (2, -18, -12, 127), (2, -18, -12, 0)]
-BEYOND = [(1, 50, 60, 0), (1, -50, 60, 127), (1, 50, -50, 255), (2, -1, -1, 9)]
-OUTSIDE = [(1, 70, 0, 127), (1, -56, 0, 3), (1, 0, 90, 0), (1, 0, -56, 5), (1, 999, -999, 200)]
-ALL_VIEWS = [*IDENTITY, *INSIDE, *PADDED, *BEYOND, *OUTSIDE]
-SIZES = [(56, 56), (70, 90), (20, 33)]
 
 
 @dataclass
@@ -58,15 +59,6 @@ class Case:
         assert_two_times_rule(self.launch().cpu(), same_dtype, truth)
 
 
-def window_of(picture: torch.Tensor, top: int, left: int, fill: int, side: int) -> torch.Tensor:
-    """The view as the docstring of the launcher defines it."""
-    y, x = torch.arange(side) + top, torch.arange(side) + left
-    inside_y, inside_x = (y >= 0) & (y < len(picture)), (x >= 0) & (x < picture.shape[1])
-    view = torch.full((side, side, 3), fill, dtype=torch.uint8)
-    view[inside_y[:, None] & inside_x] = picture[y[inside_y]][:, x[inside_x]].reshape(-1, 3)
-    return view
-
-
 def make_case(
     device: str,
     dtype: torch.dtype,
@@ -80,29 +72,17 @@ def make_case(
 ) -> Case:
     """Pictures with gaps between them and behind each row, all of value `around`."""
     generator = torch.Generator().manual_seed(hidden)
-    pictures = [
-        torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8) for size in sizes
-    ]
-    pixels = [torch.full((19,), around, dtype=torch.uint8)]
-    places = []
-    for index, picture in enumerate(pictures):
-        gap = (0, 5, 16)[index]
-        places.append((sum(map(len, pixels)), 3 * picture.shape[1] + gap))
-        pixels.append(F.pad(picture.flatten(1), (0, gap), value=around).flatten())
-        pixels.append(torch.full((7,), around, dtype=torch.uint8))
-    rows = [
-        (*places[at], *pictures[at].shape[:2], top, left, fill) for at, top, left, fill in views
-    ]
+    laid_out = lay_out(generator, views, sizes, image, around)
     weight = torch.randn(hidden, 3 * patch * patch, generator=generator) / patch
     stored_weight = weight.to(dtype)
     bias = torch.randn(hidden, generator=generator)
     positions = torch.randn((image // patch) ** 2, hidden, generator=generator)
     return Case(
-        pixels=torch.cat(pixels).to(device),
-        windows=torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, 7),
+        pixels=laid_out.pixels.to(device),
+        windows=laid_out.windows.to(device),
         weight=kernel.pack_patch_weight(stored_weight).to(device),
         offset=reference_pixels.patch_offset(stored_weight, bias, positions).to(device),
-        views=[window_of(pictures[at], top, left, fill, image) for at, top, left, fill in views],
+        views=laid_out.views,
         stored_weight=stored_weight,
         geometry={"patch_size": patch, "image_size": image},
         dtype=dtype,

@@ -7,38 +7,14 @@ from torch.nn import functional
 
 from tests.support.accuracy import assert_two_times_rule
 from tests.support.devices import kernel_params
-from tests.support.row_tables import pooled_table, random_table
+from tests.support.row_tables import NEWLINE, TEXT, Table, pooled_table, random_table, with_text
 
 place = pytest.importorskip("ovfast.kernels.place", reason="needs triton")
 fl = pytest.importorskip("ovfast.kernels.fused_linear", reason="needs triton")
 
 CUDA_PARAMS = [param for param in kernel_params() if param.values[0] == "cuda"]
 NAN = float("nan")
-NEWLINE, TEXT = -1, -2
 NUM_WORDS = 7
-
-Table = tuple[torch.Tensor, torch.Tensor]
-
-
-def with_text(table: Table, before: int, between: int, after: int) -> Table:
-    """Text rows at the start, in the middle and at the end. What they need not have is NaN."""
-    index, weight = table
-    middle = index.shape[0] // 2
-
-    def text(count: int) -> Table:
-        text_index = torch.tensor([[TEXT, 0, 0, 0]], dtype=torch.int32).expand(count, 4)
-        return text_index, torch.full((count, 4), NAN)
-
-    parts = (
-        text(before),
-        (index[:middle], weight[:middle]),
-        text(between),
-        (index[middle:], weight[middle:]),
-        text(after),
-    )
-    index, weight = (torch.cat(part) for part in zip(*parts, strict=True))
-    weight[index[:, 0] == NEWLINE] = NAN
-    return index.contiguous(), weight
 
 
 def kept_table(sources: list[int]) -> Table:

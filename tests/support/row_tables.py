@@ -1,12 +1,14 @@
-"""Tables of rows for the projector's kernels: pooled, kept and newline rows."""
+"""Tables of rows for the projector's kernels: pooled, kept, newline and text rows."""
 
 import numpy as np
 import torch
 
-NEWLINE = -1
+NEWLINE, TEXT = -1, -2
+
+Table = tuple[torch.Tensor, torch.Tensor]  # index (rows, 4) int32, weight (rows, 4) float32
 
 
-def pooled_table(side: int, pooled: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pooled_table(side: int, pooled: int) -> Table:
     """Bilinear table of side × side tokens to pooled × pooled, then one newline."""
     centre = (np.arange(pooled, dtype=np.float32) + 0.5) * np.float32(side / pooled) - 0.5
     centre = np.maximum(centre, 0).astype(np.float32)
@@ -24,7 +26,7 @@ def pooled_table(side: int, pooled: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(index), torch.from_numpy(weight)
 
 
-def random_table(num_out: int, num_rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_table(num_out: int, num_rows: int, seed: int) -> Table:
     """Pooled, copied and newline rows, mixed."""
     rng = np.random.default_rng(seed)
     index = rng.integers(0, num_rows, (num_out, 4), dtype=np.int32)
@@ -35,3 +37,28 @@ def random_table(num_out: int, num_rows: int, seed: int) -> tuple[torch.Tensor, 
     index[kind == 2] = NEWLINE
     weight[kind == 2] = 0
     return torch.from_numpy(index), torch.from_numpy(weight)
+
+
+def with_text(
+    table: Table, before: int, between: int, after: int, rest: tuple[int, int, int] = (0, 0, 0)
+) -> Table:
+    """Text rows at the start, in the middle and at the end; `rest` are their other indices, which
+    nobody may read. What rows need not have is NaN.
+    """
+    index, weight = table
+    middle = index.shape[0] // 2
+
+    def text(count: int) -> Table:
+        rows = torch.tensor([[TEXT, *rest]], dtype=torch.int32).expand(count, 4)
+        return rows, torch.full((count, 4), float("nan"))
+
+    parts = (
+        text(before),
+        (index[:middle], weight[:middle]),
+        text(between),
+        (index[middle:], weight[middle:]),
+        text(after),
+    )
+    index, weight = (torch.cat(part) for part in zip(*parts, strict=True))
+    weight[index[:, 0] == NEWLINE] = float("nan")
+    return index.contiguous(), weight

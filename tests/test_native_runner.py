@@ -126,6 +126,33 @@ def test_a_step_can_be_repeated(native: Engine):
     list(other)
 
 
+def test_a_step_that_was_cut_keeps_its_logits(native: Engine):
+    """A slot whose token was not chosen yet, while its neighbour decodes on in the same memory."""
+    options = {"ignore_eos": True, "max_new_tokens": 6, "temperature": 2.0, "seed": 3}
+    expected = [native.generate(prompt, **options).token_ids for prompt in ("Once", "More")]
+    runner = native._scheduler.loaded().runner
+    streams = [native.stream(prompt, **options) for prompt in ("Once", "More")]
+    tokens = [list(next(stream).token_ids) for stream in streams]
+    runner._decode_together()
+    _, last = runner._active
+    runner._step(last, runner._active[last])  # the interrupt came before the first slot's turn
+    runner._decode_together()
+    for got, stream in zip(tokens, streams, strict=True):
+        got += [token for chunk in stream for token in chunk.token_ids]
+    assert [tuple(got) for got in tokens] == expected
+
+
+def test_a_slot_forgets_what_was_decoded_for_the_one_before(tiny_checkpoint):
+    with open_engine(tiny_checkpoint, backend="native") as engine:
+        options = {"ignore_eos": True, "max_new_tokens": 6}
+        expected = engine.generate("More", **options).token_ids
+        stream = engine.stream("Once", **options)
+        next(stream)
+        engine._scheduler.loaded().runner._decode_together()
+        stream.close()
+        assert engine.generate("More", **options).token_ids == expected
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bits_do_not_depend_on_threads_or_neighbours(tiny_checkpoint, dtype):
     options = {"backend": "native", "max_batch_size": 20, "max_seq_len": 600, "dtype": dtype}

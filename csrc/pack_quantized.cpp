@@ -29,13 +29,10 @@ std::uint16_t ScaleOf(WeightKind kind, float largest) {
   return ToBrain(largest / kLowestInt4);
 }
 
-// q = weight / scale to the nearest, halves to even; 0 where the scale is 0.
+// q = weight / scale to the nearest, halves to even; where the scale is 0, q stays.
 void QuantizeGroup(WeightKind kind, const float* weights, std::int64_t count, float scale,
                    std::int8_t* q) {
-  if (scale == 0.0f) {
-    std::memset(q, 0, static_cast<std::size_t>(count));
-    return;
-  }
+  if (scale == 0.0f) return;
   const float low = kind == WeightKind::kInt8 ? -kLargestInt8 : kLowestInt4;
   const float high = kind == WeightKind::kInt8 ? kLargestInt8 : kHighestInt4;
   constexpr float kMagic = 12582912.0f;  // 1.5 · 2²³: a sum with it is rounded to an integer
@@ -65,7 +62,7 @@ void PackQuantizedTile(WeightKind kind, const float* tile, std::int64_t cols, st
       const float* const from = tile + row * padded + first;
       const std::uint16_t scale = ScaleOf(kind, LargestOf(from, count));
       scales[first / group * kBlock + row] = scale;
-      std::int8_t q[kInt8Group];
+      std::int8_t q[kInt8Group] = {};
       QuantizeGroup(kind, from, count, FromBrain(scale), q);
       if (kind == WeightKind::kInt8) {
         for (std::int64_t k = 0; k < count; k += 4) {

@@ -7,6 +7,7 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <initializer_list>
@@ -95,10 +96,32 @@ std::vector<T> CopyOf(const py::array& array) {
   return std::vector<T>(data, data + array.size());
 }
 
+// The interpreter's lock, given back for a while.
+//
+// When the interpreter ends meanwhile, CPython below 3.14 ends the thread that wants the lock
+// again, by unwinding it. Our frames hold references to objects, which nobody may give back any
+// more: the thread stays here until the process is gone, as later versions do it themselves.
+class WithoutLock {
+ public:
+  WithoutLock() : state_(PyEval_SaveThread()) {}
+  WithoutLock(const WithoutLock&) = delete;
+  WithoutLock& operator=(const WithoutLock&) = delete;
+  ~WithoutLock() {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (...) {
+      for (;;) pause();
+    }
+  }
+
+ private:
+  PyThreadState* state_;
+};
+
 // Runs body(team) on all threads of the pool, without the interpreter's lock.
 template <class Body>
 void RunOn(ThreadPool& pool, const Body& body) {
-  const py::gil_scoped_release release;
+  const WithoutLock without_lock;
   pool.Run(body);
 }
 

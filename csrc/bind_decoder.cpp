@@ -132,7 +132,7 @@ class Decoder {
     args.logits = MutableData<float>(logits);
     args.greedy = MutableData<std::int32_t>(greedy);
     // Two threads of Python may step one decoder: the second waits for the first's buffers.
-    const py::gil_scoped_release release;
+    const WithoutLock without_lock;
     const std::lock_guard<std::mutex> lock(mutex_);
     pool_.Run([&](Team& team) { DecodeStep(team, model_, args, workspace_.get()); });
   }

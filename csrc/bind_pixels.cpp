@@ -120,7 +120,7 @@ void PackViewsBinding(const py::object& resized_object, py::ssize_t offset_top,
   args.views = static_cast<std::uint8_t*>(out.mutable_data());
   RequireDisjoint(args, out);
 
-  const py::gil_scoped_release release;
+  const WithoutLock without_lock;
   PackViews(args);
 }
 

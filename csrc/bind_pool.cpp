@@ -15,7 +15,7 @@ double MeasureReadBandwidth(ThreadPool& pool, std::int64_t num_bytes) {
   constexpr std::int64_t kWord = sizeof(std::uint64_t);
   CheckRange(num_bytes, "num_bytes", kWord, std::int64_t{8} << 30);
   std::vector<std::uint64_t> words(static_cast<std::size_t>(num_bytes / kWord), 1);
-  const py::gil_scoped_release release;
+  const WithoutLock without_lock;
   return ReadBandwidth(pool, words.data(), words.size());
 }
 

@@ -69,7 +69,7 @@ std::int32_t SampleBinding(const py::object& logits_object, const py::object& fo
   args.top_p = top_p;
   args.min_p = static_cast<float>(min_p);
   args.uniform = uniform;
-  const py::gil_scoped_release release;
+  const WithoutLock without_lock;
   return Sample(args);
 }
 

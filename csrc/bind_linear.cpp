@@ -107,6 +107,37 @@ py::array BytesOf(const std::shared_ptr<PackedWeights>& weights) {
   return std::move(view);
 }
 
+// (cols,) the largest magnitude of each column; `convert` writes a row, or nothing.
+template <class Convert>
+std::vector<float> LargestOfColumns(ThreadPool& pool, std::int64_t rows, std::int64_t cols,
+                                    const Convert& convert) {
+  constexpr std::int64_t kStripes = 64;  // of rows, each with maxima of its own
+  std::vector<float> largest(static_cast<std::size_t>(kStripes * cols), 0.0f);
+  const std::size_t row_bytes = static_cast<std::size_t>(cols) * sizeof(float);
+  RunOn(pool, [&](Team& team) {
+    team.For(kStripes, [&](std::int64_t stripe) {
+      float* const values = static_cast<float*>(team.Scratch(row_bytes));
+      float* const most = largest.data() + stripe * cols;
+      std::memset(values, 0, row_bytes);
+      for (std::int64_t row = stripe * rows / kStripes; row < (stripe + 1) * rows / kStripes;
+           ++row) {
+        convert(row, values);
+        for (std::int64_t col = 0; col < cols; ++col) {
+          const float magnitude = __builtin_fabsf(values[col]);
+          most[col] = most[col] < magnitude ? magnitude : most[col];
+        }
+      }
+    });
+  });
+  for (std::int64_t i = cols; i < kStripes * cols; ++i) {
+    float& most = largest[static_cast<std::size_t>(i % cols)];
+    most =
+        most < largest[static_cast<std::size_t>(i)] ? largest[static_cast<std::size_t>(i)] : most;
+  }
+  largest.resize(static_cast<std::size_t>(cols));
+  return largest;
+}
+
 std::shared_ptr<PackedWeights> Pack(ThreadPool& pool, const std::string& kind_name,
                                     const py::list& sources, bool interleaved) {
   const WeightKind kind = KindOf(kind_name);
@@ -137,9 +168,10 @@ std::shared_ptr<PackedWeights> Pack(ThreadPool& pool, const std::string& kind_na
   Memory memory = Allocate(num_bytes);
   std::uint8_t* const data = memory.get();
   packed->matrix = {data, kind, rows, cols};
+  float* const factors = const_cast<float*>(FactorsOf(packed->matrix));
   packed->memory.reset(memory.release(), FreeMemory());
   const std::int64_t padded = PaddedCols(cols);
-  // The source row of a packed row; null where it is padding.
+  // The source row of a packed row; nothing where it is padding.
   const auto convert = [&](std::int64_t row, float* out) {
     if (interleaved) {
       const std::int64_t block = row / kBlock;
@@ -156,6 +188,10 @@ std::shared_ptr<PackedWeights> Pack(ThreadPool& pool, const std::string& kind_na
       row -= part.rows;
     }
   };
+  if (IsQuantized(kind)) {
+    const std::vector<float> largest = LargestOfColumns(pool, rows, cols, convert);
+    FindFactors(largest.data(), cols, factors);
+  }
   RunOn(pool, [&](Team& team) {
     const std::size_t tile_bytes = static_cast<std::size_t>(kBlock * padded) * sizeof(float);
     team.For(NumBlocks(rows), [&](std::int64_t block) {
@@ -164,7 +200,8 @@ std::shared_ptr<PackedWeights> Pack(ThreadPool& pool, const std::string& kind_na
       for (std::int64_t row = 0; row < kBlock; ++row) {
         convert(block * kBlock + row, tile + row * padded);
       }
-      PackTile(kind, tile, cols, data + static_cast<std::size_t>(block) * BlockBytes(kind, cols));
+      PackTile(kind, tile, cols, factors,
+               data + static_cast<std::size_t>(block) * BlockBytes(kind, cols));
     });
   });
   return packed;

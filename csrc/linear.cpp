@@ -3,11 +3,8 @@
 #include "kernel_table.h"
 
 namespace ovfast {
-namespace {
 
 bool IsQuantized(WeightKind kind) { return kind == WeightKind::kInt8 || kind == WeightKind::kInt4; }
-
-}  // namespace
 
 std::size_t BlockBytes(WeightKind kind, std::int64_t cols) {
   const std::size_t padded = static_cast<std::size_t>(PaddedCols(cols));
@@ -25,12 +22,27 @@ std::size_t BlockBytes(WeightKind kind, std::int64_t cols) {
   return 0;
 }
 
-std::size_t PackedBytes(WeightKind kind, std::int64_t rows, std::int64_t cols) {
-  return static_cast<std::size_t>(NumBlocks(rows)) * BlockBytes(kind, cols);
+std::size_t FactorBytes(WeightKind kind, std::int64_t cols) {
+  if (!IsQuantized(kind)) return 0;
+  const std::size_t num_bytes = static_cast<std::size_t>(PaddedCols(cols)) * sizeof(float);
+  return (num_bytes + kPackedAlignment - 1) / kPackedAlignment * kPackedAlignment;
 }
 
-void PackTile(WeightKind kind, const float* tile, std::int64_t cols, std::uint8_t* block) {
-  (IsQuantized(kind) ? PackQuantizedTile : PackFloatTile)(kind, tile, cols, block);
+std::size_t PackedBytes(WeightKind kind, std::int64_t rows, std::int64_t cols) {
+  return static_cast<std::size_t>(NumBlocks(rows)) * BlockBytes(kind, cols) +
+         FactorBytes(kind, cols);
+}
+
+const float* FactorsOf(const PackedMatrix& matrix) {
+  return reinterpret_cast<const float*>(matrix.data +
+                                        static_cast<std::size_t>(NumBlocks(matrix.rows)) *
+                                            BlockBytes(matrix.kind, matrix.cols));
+}
+
+void PackTile(WeightKind kind, const float* tile, std::int64_t cols, const float* factors,
+              std::uint8_t* block) {
+  if (IsQuantized(kind)) return PackQuantizedTile(kind, tile, cols, factors, block);
+  PackFloatTile(kind, tile, cols, block);
 }
 
 void UnpackRow(const PackedMatrix& matrix, std::int64_t row, float* out) {

@@ -34,7 +34,8 @@ struct PackedMatrix {
 //   int8: a line holds 4 inputs; byte b of a lane is q of input b;
 //   int4: a line holds 8 inputs; byte b of a lane is q + 8 of input b in its low half and of input
 //         b + 4 in its high half.
-// A weight is scale · q, with q in [-127, 127] or [-8, 7]; how both are found is in
+// Behind the blocks come the factors of the inputs, powers of two, float32 [K] padded to 64 bytes.
+// A weight is factor · scale · q, with q in [-127, 127] or [-8, 7]; how they are found is in
 // ovfast/quantize.py, which packing equals to the bit.
 constexpr std::int64_t kLineBytes = 64;
 
@@ -54,6 +55,8 @@ inline std::int64_t ScaleBytes(WeightKind kind, std::int64_t cols) {
 
 // Bytes from a block to the next, a multiple of kPackedAlignment.
 std::size_t BlockBytes(WeightKind kind, std::int64_t cols);
+// Bytes of the factors; 0 for float kinds.
+std::size_t FactorBytes(WeightKind kind, std::int64_t cols);
 std::size_t PackedBytes(WeightKind kind, std::int64_t rows, std::int64_t cols);
 
 // Inside a block, K being PaddedCols(cols): float32 and float16 lie as [K][16], the 16 weights of
@@ -61,8 +64,17 @@ std::size_t PackedBytes(WeightKind kind, std::int64_t rows, std::int64_t cols);
 // shift, or a mask, of sixteen such pairs makes sixteen floats.
 //
 // Packs one block; `tile` is (16, PaddedCols(cols)) float32, row-major, zero where padded, and
-// every byte of the block is written.
-void PackTile(WeightKind kind, const float* tile, std::int64_t cols, std::uint8_t* block);
+// every byte of the block is written. `factors`: (PaddedCols(cols),), not read for float kinds.
+void PackTile(WeightKind kind, const float* tile, std::int64_t cols, const float* factors,
+              std::uint8_t* block);
+
+bool IsQuantized(WeightKind kind);
+
+// The factors of a quantised matrix: (PaddedCols(cols),).
+const float* FactorsOf(const PackedMatrix& matrix);
+
+// Finds them; `largest`: (cols,), the largest magnitude of each column.
+void FindFactors(const float* largest, std::int64_t cols, float* factors);
 
 // The weights of one row, as the arithmetic sees them: (cols,) float32.
 void UnpackRow(const PackedMatrix& matrix, std::int64_t row, float* out);
@@ -98,7 +110,8 @@ void RunLinear(Team& team, const LinearArgs& args);
 
 // Of pack_float.cpp and pack_quantized.cpp, by kind: what PackTile and UnpackRow call.
 void PackFloatTile(WeightKind kind, const float* tile, std::int64_t cols, std::uint8_t* block);
-void PackQuantizedTile(WeightKind kind, const float* tile, std::int64_t cols, std::uint8_t* block);
+void PackQuantizedTile(WeightKind kind, const float* tile, std::int64_t cols, const float* factors,
+                       std::uint8_t* block);
 void UnpackFloatRow(const PackedMatrix& matrix, std::int64_t row, float* out);
 void UnpackQuantizedRow(const PackedMatrix& matrix, std::int64_t row, float* out);
 

@@ -144,6 +144,7 @@ inline void AddRows(std::int64_t num_rows, const ExactInputs& inputs, std::int64
 template <WeightKind kKind>
 inline void PrepareInputs(const LinearArgs& args, std::int64_t first_row, std::int64_t num_rows,
                           std::int64_t padded, float* x, float* first) {
+  const float* const factors = FactorsOf(args.matrix);
   for (std::int64_t row = 0; row < num_rows; ++row) {
     const float* const from = args.x + (first_row + row) * args.x_stride;
     float* const to = x + row * padded;
@@ -151,7 +152,7 @@ inline void PrepareInputs(const LinearArgs& args, std::int64_t first_row, std::i
     for (std::int64_t k = 0; k < padded; k += kRunInputs) {
       float sum = 0.0f;
       for (std::int64_t i = 0; i < kRunInputs; ++i) {
-        const float input = k + i < args.matrix.cols ? from[k + i] : 0.0f;
+        const float input = k + i < args.matrix.cols ? from[k + i] * factors[k + i] : 0.0f;
         // Inverse to WeightsAt.
         constexpr float kOfInt4[kRunInputs] = {1.0f,    0x1p-8f,  0x1p-16f, 0x1p-24f,
                                                0x1p-4f, 0x1p-12f, 0x1p-20f, 1.0f};

@@ -1,10 +1,11 @@
 // Linear layers on weights in int8 or int4 with inputs quantised to int8: many rows, bound by
 // integer products. And the choice between this and linear_exact.inl.h, which is the caller's.
 //
-// An output is a sum over the groups of inputs in order: total += (input scale · weight scale) · an
-// integer dot product, which is exact. A task takes a chunk of rows and a few blocks: a panel of a
-// block, expanded to operands, stays in L1 while the tiles of rows pass over it, the chunk's inputs
-// of the panel stay in L2.
+// Inputs are multiplied by their factors before they are quantised. An output is a sum over the
+// groups of inputs in order: total += (input scale · weight scale) · an integer dot product, which
+// is exact. A task takes a chunk of rows and a few blocks: a panel of a block, expanded to
+// operands, stays in L1 while the tiles of rows pass over it, the chunk's inputs of the panel stay
+// in L2.
 
 constexpr std::int64_t kQuantizedRows = 16;  // rows of a task that quantises
 constexpr std::int64_t kDotBlocks = 8;       // blocks of a task on many rows; even
@@ -43,13 +44,14 @@ OVFAST_INLINE Vec LoadUpTo(const float* x, std::int64_t count) {
   return count >= kLanes ? Load(x) : count <= 0 ? Zero() : LoadPart(x, static_cast<int>(count));
 }
 
-// Quantises a group of `count` inputs to (kGroupOf,) integers.
+// Quantises a group of `count` inputs, times their factors, to (kGroupOf,) integers.
 template <WeightKind kKind>
-inline void QuantizeInputs(const float* x, std::int64_t count, typename Dot<kKind>::Input* inputs,
-                           float* scale, std::int32_t* correction) {
+inline void QuantizeInputs(const float* x, const float* factors, std::int64_t count,
+                           typename Dot<kKind>::Input* inputs, float* scale,
+                           std::int32_t* correction) {
   Vec most = Zero(), poison = Zero();
   for (std::int64_t k = 0; k < count; k += kLanes) {
-    const Vec values = LoadUpTo(x + k, count - k);
+    const Vec values = Mul(LoadUpTo(x + k, count - k), Load(factors + k));
     most = Max(most, Max(values, Sub(Zero(), values)));
     poison = Fma(values, Zero(), poison);  // NaN from inf and NaN: outputs are NaN, not wrong
   }
@@ -58,7 +60,8 @@ inline void QuantizeInputs(const float* x, std::int64_t count, typename Dot<kKin
   const Vec divisor = Set(*scale == 0.0f ? 1.0f : *scale);
   VecI sums = ZeroI();
   for (std::int64_t k = 0; k < kGroupOf<kKind>; k += kLanes) {
-    const Vec values = LoadUpTo(x + k, count - k);
+    // Factors behind the last group are those of nothing: the line of them ends with it.
+    const Vec values = k < count ? Mul(LoadUpTo(x + k, count - k), Load(factors + k)) : Zero();
     // Beyond ±127 only where the scale is subnormal; the second operand wins where one is NaN.
     const Vec quotient = Max(Div(values, divisor), Set(-127.0f));
     const VecI q = RoundToInt(Min(quotient, Set(127.0f)));
@@ -203,6 +206,7 @@ template <WeightKind kKind>
 inline QuantizedRows<kKind> QuantizeAll(Team& team, const LinearArgs& args) {
   using Input = typename Dot<kKind>::Input;
   const std::int64_t cols = args.matrix.cols;
+  const float* const factors = FactorsOf(args.matrix);
   const std::int64_t num_groups = NumGroups(kKind, cols);
   const std::int64_t num_panels = (num_groups + kPanelGroups<kKind> - 1) / kPanelGroups<kKind>;
   const std::int64_t count = num_panels * kPanelGroups<kKind> * args.num_rows;
@@ -220,9 +224,10 @@ inline QuantizedRows<kKind> QuantizeAll(Team& team, const LinearArgs& args) {
       const std::int64_t first = group * kGroupOf<kKind>;
       for (std::int64_t row = i * kQuantizedRows; row < end; ++row) {
         const std::int64_t index = IndexOf<kKind>(group, row, args.num_rows);
-        QuantizeInputs<kKind>(
-            args.x + row * args.x_stride + first, LeastOf(kGroupOf<kKind>, cols - first),
-            x.inputs + index * kGroupOf<kKind>, x.scales + index, x.corrections + index);
+        QuantizeInputs<kKind>(args.x + row * args.x_stride + first, factors + first,
+                              LeastOf(kGroupOf<kKind>, cols - first),
+                              x.inputs + index * kGroupOf<kKind>, x.scales + index,
+                              x.corrections + index);
       }
     }
   });

@@ -26,7 +26,7 @@ __all__ = ["PACKED_FILE", "Matrix", "PackedFile", "PackedWriter", "is_packed_fil
 
 PACKED_FILE = "packed.safetensors"
 FORMAT = "ovfast-packed"
-VERSION = 1  # of the layout of matrices; another one is packed anew
+VERSION = 2  # of the layout of matrices; another one is packed anew
 ALIGNMENT = 64
 HEADER_BYTES_A_TENSOR = 200  # at most, its name aside: dtype, shape, offsets, matrix
 DTYPES: dict[str, Any] = {"U8": np.uint8, "F32": np.float32}

@@ -1,18 +1,23 @@
 """Weights in int8 and int4, by plain torch: what the native kernels compute, and their oracle.
 
 A group of neighbouring inputs of one output shares a scale, stored as bfloat16; the last group of a
-row may be shorter. A weight is scale · q.
+row may be shorter. A weight is factor · scale · q.
+
+An input whose weights are all far larger or smaller than those of the others would take the
+precision of its groups, or lose its own. So each input has a factor, the power of two next to its
+largest weight over the median of these: weights are divided by it, exactly, and what multiplies
+them is multiplied by it. (The scaling of SmoothQuant, Xiao et al. 2022, from the weights alone.)
 
 - int8: groups of 128, q in [-127, 127]; scale = largest magnitude / 127, rounded upwards.
 - int4: groups of 32, q in [-8, 7], as llama.cpp's Q4_0: the weight of the largest magnitude (the
   first, where several are as large) becomes -8; scale = that weight / -8, rounded to the nearest.
 
 The scale is rounded first and q = weight / scale after it, to the nearest, halves to even. A group
-whose scale is 0 has q = 0. Inputs of a layer are quantised in the same groups to int8, with
-float32 scales: largest magnitude / 127.
+whose scale is 0 has q = 0. Inputs of a layer, times their factors, are quantised in the same groups
+to int8, with float32 scales: largest magnitude / 127.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +29,38 @@ QuantizedKind = Literal["int8", "int4"]
 
 LARGEST_INT8 = 127
 LOWEST_INT4, HIGHEST_INT4 = -8, 7
+LARGEST_EXPONENT = 30  # of a factor
 
 
-def quantize(weight: Tensor, kind: QuantizedKind) -> tuple[Tensor, Tensor]:
+class Quantized(NamedTuple):
+    """A weight (rows, cols): q int8 of its shape; scales (rows, groups) and factors (cols,)."""
+
+    q: Tensor
+    scales: Tensor
+    factors: Tensor
+
+
+def input_factors(weight: Tensor) -> Tensor:
+    """The factor of each input of a linear layer.
+
+    Args:
+        weight: (rows, cols), finite.
+
+    Returns:
+        (cols,) float32, powers of two.
+    """
+    largest = F.pad(weight.float().abs(), (0, 0, 0, 1)).amax(0)  # a row of zeros: of no rows too
+    positive = largest[largest > 0]
+    if not len(positive):
+        return torch.ones_like(largest)
+    ratios = largest / positive.median()  # the lower of two
+    # The exponent of √2 · ratio is that of the next power of two.
+    exponents = ((ratios * 1.41421356).view(torch.int32) >> 23) - 127
+    limited = exponents.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
+    return torch.where(largest > 0, torch.exp2(limited), 1.0)
+
+
+def quantize(weight: Tensor, kind: QuantizedKind) -> Quantized:
     """Quantises the weight of a linear layer.
 
     Args:
@@ -34,9 +68,10 @@ def quantize(weight: Tensor, kind: QuantizedKind) -> tuple[Tensor, Tensor]:
         kind: "int8" or "int4".
 
     Returns:
-        q (rows, cols) int8, and scales (rows, groups) float32 whose values are bfloat16.
+        q, scales (float32 whose values are bfloat16), and the factors of the inputs.
     """
-    grouped = _grouped(weight.float(), GROUPS[kind])
+    factors = input_factors(weight)
+    grouped = _grouped(weight.float() / factors, GROUPS[kind])
     magnitude = grouped.abs()
     if kind == "int8":
         # A float32 in [n, n + 1) units of a bfloat16 goes to n + 1, whole units stay.
@@ -49,11 +84,11 @@ def quantize(weight: Tensor, kind: QuantizedKind) -> tuple[Tensor, Tensor]:
         scales = (largest / LOWEST_INT4).bfloat16().float()
         lowest, highest = LOWEST_INT4, HIGHEST_INT4
     q = _divided(grouped, scales, lowest, highest)
-    return q.flatten(1)[:, : weight.shape[1]].contiguous(), scales
+    return Quantized(q.flatten(1)[:, : weight.shape[1]].contiguous(), scales, factors)
 
 
 def dequantize(q: Tensor, scales: Tensor, group: int) -> Tensor:
-    """Computes scale · q in the dtype of the scales.
+    """Computes scale · q in the dtype of the scales; the factors are left out.
 
     Args:
         q: (rows, cols) int8.
@@ -108,8 +143,9 @@ def fake_quantized_linear(
     """
     dtype = torch.float64 if upcast else torch.float32
     group = GROUPS[kind]
-    q, scales = quantize(weight, kind)
+    q, scales, factors = quantize(weight, kind)
     operand = dequantize(q, scales.to(dtype), group)
+    x = x.float() * factors
     if exact_activations:
         x = x.to(dtype)
     else:

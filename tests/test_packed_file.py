@@ -90,8 +90,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "not one of ovfast's packed ones",
     ),
     "other version": (
-        lambda p: rewrite(p, lambda _, about: about.update(version="2")),
-        "has version 2 of the packed layout; expected 1",
+        lambda p: rewrite(p, lambda _, about: about.update(version="1")),
+        "has version 1 of the packed layout; expected 2",
     ),
     "no storage": (
         lambda p: rewrite(p, lambda _, about: about.pop("storage")),

@@ -1,5 +1,7 @@
 """The definition of int8 and int4: scales, rounding and edge cases, against the words of it."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from ovfast.quantize import (
     QuantizedKind,
     dequantize,
     fake_quantized_linear,
+    input_factors,
     quantize,
     quantize_rows,
 )
@@ -24,7 +27,9 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_group_by_the_definition(kind: QuantizedKind, cols: int) -> None:
     weight = gaussian(5, cols, seed=cols)
-    q, scales = quantize(weight, kind)
+    q, scales, factors = quantize(weight, kind)
+    assert torch.equal(factors, input_factors(weight))
+    weight = weight / factors
     group = GROUPS[kind]
     assert q.shape == weight.shape
     assert scales.shape == (5, -(-cols // group))
@@ -45,27 +50,62 @@ def test_each_group_by_the_definition(kind: QuantizedKind, cols: int) -> None:
             assert q[row, index * group : (index + 1) * group].tolist() == expected
 
 
+def test_factors_bring_the_largest_weights_of_inputs_together() -> None:
+    weight = gaussian(64, 41).clamp(-2, 2)
+    weight[0] = 2.0  # so that all inputs have the same largest weight
+    assert torch.equal(input_factors(weight), torch.ones(41))
+    sizes = {3: 100.0, 7: 0.01, 11: 1.4, 12: 1.42, 13: 0.71, 14: 0.70, 20: 2.0**40, 21: 2.0**-40}
+    for col, size in sizes.items():
+        weight[:, col] *= size
+    weight[:, 30] = 0
+    expected = torch.ones(41)
+    for col, size in sizes.items():
+        expected[col] = 2.0 ** min(30, max(-30, round(math.log2(size))))
+    assert torch.equal(input_factors(weight), expected)
+    assert torch.equal(input_factors(torch.zeros(3, 5)), torch.ones(5))
+    assert torch.equal(input_factors(torch.zeros(0, 5)), torch.ones(5))
+
+
+# A channel a hundred times the others and its weights as much smaller, and the other way round.
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("exact", [False, True])
+def test_outlier_channels_cost_nothing(kind: QuantizedKind, exact: bool) -> None:
+    x, weight = gaussian(16, 256), gaussian(64, 256, seed=1)
+
+    def error() -> float:
+        truth = x.double() @ weight.double().T
+        out = fake_quantized_linear(x, weight, None, kind, exact_activations=exact)
+        return float((out - truth).norm() / truth.norm())
+
+    before = error()
+    x[:, 9], weight[:, 9] = x[:, 9] * 128, weight[:, 9] / 128
+    x[:, 70], weight[:, 70] = x[:, 70] / 128, weight[:, 70] * 128
+    assert error() == pytest.approx(before, rel=1e-5)
+
+
 def test_int8_weights_stay_within_half_a_scale() -> None:
-    weight = gaussian(64, 896)
-    q, scales = quantize(weight, "int8")
+    q, scales, factors = quantize(gaussian(64, 896), "int8")
+    weight = gaussian(64, 896) / factors
     error = (dequantize(q, scales, 128) - weight).abs()
     assert bool((error <= 0.5001 * scales.repeat_interleave(128, 1)).all())
 
 
 def test_the_largest_weight_of_int4_becomes_minus_eight() -> None:
-    weight = torch.zeros(3, 32)
+    weight = torch.zeros(4, 32)
     weight[0, 5], weight[1, 5] = 4.0, -4.0
     weight[2, 3], weight[2, 9] = 2.0, -2.0  # the first of two
-    q, scales = quantize(weight, "int4")
-    assert scales[:, 0].tolist() == [-0.5, 0.5, -0.25]
+    weight[3] = 4.0  # all factors are 1
+    q, scales, _ = quantize(weight, "int4")
+    assert scales[:3, 0].tolist() == [-0.5, 0.5, -0.25]
     assert (q[0, 5], q[1, 5], q[2, 3], q[2, 9]) == (-8, -8, -8, 7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_halves_go_to_even(kind: QuantizedKind) -> None:
-    weight = torch.tensor([[-127.0 if kind == "int8" else -8.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
-    q, scales = quantize(weight, kind)
-    assert scales.tolist() == [[1.0]]
+    largest = -127.0 if kind == "int8" else -8.0
+    weight = torch.tensor([[largest, 0.5, 1.5, 2.5, -0.5, -1.5], [largest] * 6])
+    q, scales, _ = quantize(weight, kind)
+    assert scales.tolist() == [[1.0], [1.0]]
     assert q[0, 1:].tolist() == [0, 2, 2, 0, -2]
 
 
@@ -73,7 +113,7 @@ def test_halves_go_to_even(kind: QuantizedKind) -> None:
 def test_zero_and_vanishing_groups(kind: QuantizedKind) -> None:
     weight = torch.zeros(2, 32)
     weight[1, 0] = 1e-45  # its scale is 0 or the smallest number
-    q, scales = quantize(weight, kind)
+    q, scales, _ = quantize(weight, kind)
     assert torch.isfinite(scales).all()
     assert torch.equal(q[0], torch.zeros(32, dtype=torch.int8))
     assert float(dequantize(q, scales, GROUPS[kind]).abs().max()) <= 1e-38

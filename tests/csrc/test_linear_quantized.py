@@ -67,10 +67,14 @@ def test_packing_equals_the_definition(kind: QuantizedKind, cols: int) -> None:
     weight[7] *= 1e30
     weight[9, ::2] = 0.5  # ties of the largest magnitude
     weight[9, 1::2] = -0.5
+    weight[:, cols // 2] *= 300  # factors of their own
+    weight[:, cols // 3] /= 50
+    weight[:, cols // 5] = 0
     packed = pack(kind, weight)
     out = torch.full(weight.shape, torch.nan)
     native.embed(native.ThreadPool(1), packed, np.arange(41, dtype=np.int32), out.numpy())
-    assert torch.equal(out, dequantize(*quantize(weight, kind), GROUPS[kind]))
+    q, scales, factors = quantize(weight, kind)
+    assert torch.equal(out, dequantize(q, scales, GROUPS[kind]) * factors)
 
 
 # 17 outputs: a block and a bit; 70: more than a task of four blocks. 41 rows: several tiles.
@@ -96,10 +100,11 @@ def test_accuracy_with_outliers(isa: str, kind: QuantizedKind, exact: bool) -> N
     x[:, 7] = 0
     x[5] *= 1e-40
     x[6] = 0
-    x[7] *= 1e20
+    x[7:16] *= 1e20
     weight = gaussian(70, 176, seed=1)
-    weight[4] *= 100
-    for rows in (slice(0, 6), slice(6, 7), slice(7, 8), slice(8, 41)):  # of like size each
+    weight[4::8] *= 100
+    weight[:, 33] *= 100
+    for rows in (slice(0, 6), slice(6, 7), slice(7, 16), slice(16, 41)):  # of like size each
         check(x[rows], weight, kind, exact=exact)
 
 
@@ -140,7 +145,8 @@ def test_bits_do_not_depend_on_rows_and_threads(isa: str, kind: QuantizedKind, e
 @pytest.mark.parametrize("kind", KINDS)
 def test_bits_do_not_depend_on_outputs(isa: str, kind: QuantizedKind, exact: bool) -> None:
     # A block beside others, alone, and as the last one of an odd number.
-    x, weight = gaussian(5, 80), gaussian(5 * 16, 80, seed=1)
+    x, weight = gaussian(5, 80), gaussian(5 * 16, 80, seed=1).clamp(-2, 2)
+    weight[::16] = 2.0  # the factors of the inputs are those of a part's weights
     whole = run(x, pack(kind, weight), exact=exact)
     for first, last in ((0, 16), (16, 64), (64, 80), (32, 80)):
         out = run(x, pack(kind, weight[first:last]), exact=exact)
@@ -181,7 +187,7 @@ def test_silu_mul(isa: str, kind: QuantizedKind, exact: bool, rows: int) -> None
     out = run(
         x, pack(kind, gate, up, interleaved=True), exact=exact, activation="silu_mul", columns=41
     )
-    gated, raised = (run(x, pack(kind, half), exact=exact) for half in (gate, up))
+    gated, raised = run(x, pack(kind, gate, up), exact=exact).split(41, dim=1)
     truth = F.silu(gated.double()) * raised.double()
     assert_two_times_rule(out, F.silu(gated) * raised, truth)
 

@@ -6,10 +6,23 @@
 #include "isa.h"
 #include "kernel_table.h"
 
+#if defined(OVFAST_X86)
+#include <cpuid.h>
+#endif
+
 namespace ovfast {
 namespace {
 
 std::atomic<const KernelTable*> chosen{nullptr};
+
+#if defined(OVFAST_X86)
+// The builtin does not know it in every compiler; whether the system keeps its registers, AVX2's
+// answer says.
+bool HasF16c() {
+  unsigned int a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
 
 const KernelTable* Best() {
   const char* const wanted = std::getenv("OVFAST_ISA");
@@ -31,7 +44,7 @@ const KernelTable* KernelsOf(const char* isa) {
 #if defined(OVFAST_X86)
   // These builtins ask the system too: whether it keeps the wide registers.
   if (std::strcmp(isa, "avx2") == 0 && __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+      __builtin_cpu_supports("fma") && HasF16c()) {
     return &avx2::kKernels;
   }
   if (std::strcmp(isa, "avx512") == 0 && __builtin_cpu_supports("avx512f") &&

@@ -65,8 +65,8 @@ sanitize: $(VENV)/.installed
 	cp -a csrc kernels ovfast tests pyproject.toml $(SANITIZED)/tree
 	rm -f $(SANITIZED)/tree/ovfast/_C.*
 	cp $(SANITIZED)/_C.so $(SANITIZED)/tree/ovfast
-	cd $(SANITIZED)/tree && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) \
-		$$($(CXX) -print-file-name=libstdc++.so.6)" \
+	cd $(SANITIZED)/tree && \
+		LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so.6) \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
 		UBSAN_OPTIONS=print_stacktrace=1 \
 		$(abspath $(BIN))/python -m pytest -q -m "not slow" tests/csrc $(PYTEST_ARGS)

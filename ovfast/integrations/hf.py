@@ -19,12 +19,12 @@ from torch import Tensor
 from ovfast.engine import Engine
 from ovfast.errors import BackendError, ConfigError, OptionError
 from ovfast.integrations import hf_tensors
+from ovfast.integrations.arguments import refuse_unknown
 from ovfast.integrations.hf_loading import import_transformers, load_pretrained
 from ovfast.integrations.hf_options import (
     FORWARD_INPUTS,
     Generation,
     plan_generation,
-    refuse_unknown,
 )
 from ovfast.integrations.hf_outputs import greedy_scores, joined, step_logits
 from ovfast.integrations.hf_pipeline import TASK, Pipeline
@@ -287,7 +287,7 @@ class OVFastForConditionalGeneration:
             if kwargs.get(name, value) not in (value, None):
                 raise OptionError(f"{name}={kwargs[name]!r}; this checkpoint computes {value!r}.")
         known = (*FORWARD_INPUTS, *expected, "tokenizer", *names)
-        refuse_unknown(kwargs, known, "generate")
+        refuse_unknown(_present(kwargs), known, "generate")
         tensors = {name: kwargs[name] for name in FORWARD_INPUTS if name in kwargs}
         options = {k: v for k, v in kwargs.items() if k in names or k == "tokenizer"}
         return tensors, options
@@ -352,3 +352,8 @@ def _refuse_present(**arguments: Any) -> None:
             f"{name}={value!r:.100} is not supported: ovfast chooses tokens by itself. Leave it"
             " out; stopping_criteria and streamer are supported."
         )
+
+
+def _present(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with a value: a processor's outputs may hold None."""
+    return {name: value for name, value in kwargs.items() if value is not None}

@@ -8,7 +8,7 @@ from typing import Any
 from ovfast.checkpoint import resolve_checkpoint
 from ovfast.engine import Engine
 from ovfast.errors import BackendError, OptionError
-from ovfast.integrations.hf_options import refuse_unknown
+from ovfast.integrations.arguments import refuse_unknown
 from ovfast.loading import load
 
 __all__ = ["LOAD_OPTIONS", "NO_EFFECT_LOADING", "import_transformers", "load_pretrained"]

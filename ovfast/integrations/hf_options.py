@@ -4,7 +4,6 @@ Defaults come from where transformers takes them: arguments first, then a genera
 then the model's own, then its global ones (20 new tokens; top_k of 50 when sampling).
 """
 
-import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -179,20 +178,6 @@ def plan_generation(
     )
     _check_outputs(generation)
     return generation
-
-
-def refuse_unknown(given: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    """Refuses arguments that have a value and no meaning here.
-
-    Raises:
-        OptionError: with the nearest name that has one.
-    """
-    for name, value in given.items():
-        if value is None or name in known:
-            continue
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else " Leave it out."
-        raise OptionError(f"{name}={value!r:.100} is not supported by {where}.{hint}")
 
 
 def _merge(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

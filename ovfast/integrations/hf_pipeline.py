@@ -14,8 +14,9 @@ from torch import Tensor
 from ovfast.anyres import VisualOptions
 from ovfast.engine import Engine
 from ovfast.errors import OptionError, PromptError
-from ovfast.integrations.hf_options import Generation, refuse_unknown
-from ovfast.integrations.token_prompts import append_ids
+from ovfast.integrations.arguments import refuse_unknown
+from ovfast.integrations.chats import prepare_chat
+from ovfast.integrations.hf_options import Generation
 from ovfast.model_inputs import ModelInputs
 
 __all__ = ["TASK", "Pipeline"]
@@ -154,19 +155,9 @@ class Pipeline:
         return prompts
 
     def _chat(self, chat: Sequence[Any], continue_final_message: bool | None) -> ModelInputs:
-        engine, messages = self.model.engine, [_message(message) for message in chat]
-        if not _continues(messages, continue_final_message):
-            return engine.prepare(messages)
-        parts = messages[-1].get("content")
-        texts = [parts] if isinstance(parts, str) else [part.get("text") for part in parts or ()]
-        if messages[-1].get("role") != "assistant" or len(texts) != 1 or texts[0] is None:
-            raise PromptError(
-                "continue_final_message with a last message that is not an assistant's single text;"
-                " expected one. Pass continue_final_message=False."
-            )
-        opened = engine.prepare(messages[:-1])
-        ids = engine._processor.continue_ids(opened.input_ids.tolist(), texts[0])
-        return append_ids(opened, ids[opened.num_tokens :])
+        messages = [_message(message) for message in chat]
+        continues = _continues(messages, continue_final_message)
+        return prepare_chat(self.model.engine, messages, continue_final=continues)
 
     def _records(
         self,

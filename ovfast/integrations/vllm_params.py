@@ -130,8 +130,7 @@ class SamplingParams:
             )
         if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1:
             raise OptionError(f"n={self.n!r}; expected an integer of at least 1.")
-        greedy = not self.temperature > GREEDY_BELOW
-        if greedy and self.n > 1:
+        if self.temperature < GREEDY_BELOW and self.n > 1:
             raise OptionError(
                 f"n={self.n} with temperature={self.temperature}; greedy answers would all be the"
                 " same. Raise the temperature, or leave n at 1."
@@ -155,7 +154,7 @@ def engine_params(
     Raises:
         OptionError: a wrong value.
     """
-    greedy = params.temperature < GREEDY_BELOW
+    greedy = 0 <= params.temperature < GREEDY_BELOW
     drawn: dict[str, Any] = {}
     if not greedy:
         drawn = {"temperature": params.temperature, "top_p": params.top_p, "min_p": params.min_p}

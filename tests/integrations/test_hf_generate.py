@@ -198,6 +198,19 @@ def test_packed_pixel_values_and_a_guessed_mask(pair: Pair) -> None:
     assert torch.equal(pair.ours.generate(**inputs, **options), expected)
 
 
+def test_plain_torch_reads_the_views_too(pair: Pair, tiny_checkpoint: Path) -> None:
+    """The native back end would resize pictures by itself; here there are none, only views."""
+    assert pair.ours.engine.ops.reads_pictures
+    reference = OVFastForConditionalGeneration.from_pretrained(
+        tiny_checkpoint, device_map="cpu", backend="reference", max_seq_len=512
+    )
+    assert not reference.engine.ops.reads_pictures
+    inputs = pair.inputs("nested")
+    ours, theirs = reference.generate(**inputs, max_new_tokens=4), pair.both(inputs)[1]
+    assert torch.equal(ours, theirs[:, : ours.shape[1]])
+    reference.close()
+
+
 def test_criteria_and_stop_strings_end_a_row(pair: Pair) -> None:
     inputs = pair.inputs("single")
     width = inputs["input_ids"].shape[1]

@@ -26,7 +26,12 @@ from ovfast.integrations.hf_options import (
     Generation,
     plan_generation,
 )
-from ovfast.integrations.hf_outputs import greedy_scores, joined, step_logits
+from ovfast.integrations.hf_outputs import (
+    greedy_scores,
+    joined,
+    prompt_logits,
+    step_logits,
+)
 from ovfast.integrations.hf_pipeline import TASK, Pipeline
 from ovfast.integrations.together import answer_all
 from ovfast.model_inputs import ModelInputs
@@ -199,13 +204,43 @@ class OVFastForConditionalGeneration:
             generation_config,
             stopping_criteria,
         )
-        prompts = self._requests(tensors, plan)
+        prompts = self._requests(tensors, self._rows(tensors, plan))
         assert isinstance(input_ids, Tensor)
         repeated = input_ids.repeat_interleave(plan.num_return_sequences, 0)
         prompts = [each for each in prompts for _ in range(plan.num_return_sequences)]
         new_ids = self.answer(prompts, repeated, plan, streamer)
         sequences = joined(repeated, new_ids, plan.pad_token_id)
         return self._output(sequences, prompts, new_ids, plan) if plan.return_dict else sequences
+
+    @torch.inference_mode()
+    def forward(self, *, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        """Logits of prompts, as transformers' `forward` without a cache.
+
+        Args:
+            logits_to_keep: how many of the last positions, 0 for all, or a tensor of positions.
+            **kwargs: the processor's tensors; use_cache, return_dict have no effect.
+
+        Returns:
+            A CausalLMOutputWithPast with `logits`, (batch, positions, vocab_size) float32; 0 at
+            padding.
+
+        Raises:
+            OVFastError: see `ovfast.errors`; OptionError for labels, embeddings and caches.
+        """
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("use_cache", "return_dict")}
+        tensors, options = self._split(kwargs)
+        refuse_unknown(_present(options), (), "forward")
+        rows = hf_tensors.prompt_rows(tensors.get("input_ids"), tensors.get("attention_mask"), None)
+        prompts = self._requests(tensors, rows)
+        wanted = list(range(tensors["input_ids"].shape[1]))
+        if isinstance(logits_to_keep, Tensor):
+            wanted = [wanted[position] for position in logits_to_keep.tolist()]
+        elif logits_to_keep:
+            wanted = wanted[-logits_to_keep:]
+        logits = prompt_logits(self.engine, prompts, [row.first for row in rows], wanted)
+        return self._transformers.modeling_outputs.CausalLMOutputWithPast(logits=logits)
+
+    __call__ = forward
 
     def plan(
         self,
@@ -292,10 +327,14 @@ class OVFastForConditionalGeneration:
         options = {k: v for k, v in kwargs.items() if k in names or k == "tokenizer"}
         return tensors, options
 
-    def _requests(self, tensors: Mapping[str, Any], plan: Generation) -> list[ModelInputs]:
+    def _rows(self, tensors: Mapping[str, Any], plan: Generation) -> list[hf_tensors.Row]:
         # As transformers: padding is guessed only where its id cannot end an answer.
         pad = None if plan.pad_token_id in plan.eos_token_ids else plan.pad_token_id
-        rows = hf_tensors.prompt_rows(tensors.get("input_ids"), tensors.get("attention_mask"), pad)
+        return hf_tensors.prompt_rows(tensors.get("input_ids"), tensors.get("attention_mask"), pad)
+
+    def _requests(
+        self, tensors: Mapping[str, Any], rows: Sequence[hf_tensors.Row]
+    ) -> list[ModelInputs]:
         return hf_tensors.requests(
             rows,
             self.engine.config,

@@ -11,7 +11,7 @@ from ovfast.integrations.hf_options import Generation
 from ovfast.integrations.token_prompts import append_ids
 from ovfast.model_inputs import ModelInputs
 
-__all__ = ["greedy_scores", "joined", "step_logits"]
+__all__ = ["greedy_scores", "joined", "prompt_logits", "step_logits"]
 
 
 def joined(input_ids: Tensor, new_ids: Sequence[list[int]], pad: int | None) -> Tensor:
@@ -48,6 +48,32 @@ def step_logits(
         whole = append_ids(prompt, ids[:-1])
         rows.append(engine.forward(whole, positions=range(first, first + len(ids))))
     return tuple(torch.nn.utils.rnn.pad_sequence(rows, padding_value=torch.nan).unbind())
+
+
+def prompt_logits(
+    engine: Engine,
+    prompts: Sequence[ModelInputs],
+    firsts: Sequence[int],
+    positions: Sequence[int],
+) -> Tensor:
+    """Logits of positions of a padded batch.
+
+    Args:
+        engine: of the checkpoint.
+        prompts: one a row.
+        firsts: where each begins in its padded row.
+        positions: of the padded rows.
+
+    Returns:
+        (batch, len(positions), vocab_size) float32; 0 at padding.
+    """
+    size = len(prompts), len(positions), engine.config.text.vocab_size
+    logits = torch.zeros(size, dtype=torch.float32, device=engine.device)
+    for row, prompt, first in zip(logits, prompts, firsts, strict=True):
+        own = [at for at, p in enumerate(positions) if 0 <= p - first < prompt.num_tokens]
+        if own:
+            row[own] = engine.forward(prompt, positions=[positions[at] - first for at in own])
+    return logits
 
 
 def greedy_scores(engine: Engine, logits: Sequence[Tensor], plan: Generation) -> tuple[Tensor, ...]:

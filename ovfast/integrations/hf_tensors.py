@@ -4,22 +4,23 @@ Its pixel values are normalised floats that came from bytes; the bytes are recov
 tensor is refused: nothing is rounded to what it might have been.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ovfast.anyres import VisualOptions, VisualPlan, plan_image, plan_video
 from ovfast.config import ModelConfig
 from ovfast.errors import MediaError, OptionError, PromptError
-from ovfast.integrations.token_prompts import Medium, with_views
+from ovfast.integrations.token_prompts import Kind, Medium, with_views
 from ovfast.model_inputs import ModelInputs
 from ovfast.reference_pixels import UInt8Array
 
-__all__ = ["ANYRES", "prompt_rows", "recover_bytes", "requests"]
+__all__ = ["ANYRES", "Row", "prompt_rows", "recover_bytes", "requests"]
 
 # transformers decides by batch_num_images which pictures are cut into crops; it rounds as "hf".
 ANYRES = VisualOptions(token_policy="anyres")
@@ -27,17 +28,21 @@ SQUARE = VisualOptions()
 SEVERAL = 2  # pictures of one prompt, which makes squares of them
 
 
-def prompt_rows(input_ids: object, attention_mask: object, pad_token_id: int | None) -> list[Any]:
-    """The real ids of each row of a padded batch.
+class Row(NamedTuple):
+    """One prompt of a padded batch: its ids, (num_tokens,) int64, and where they begin."""
+
+    first: int
+    ids: NDArray[np.int64]
+
+
+def prompt_rows(input_ids: object, attention_mask: object, pad_token_id: int | None) -> list[Row]:
+    """The prompts of a padded batch, without their padding.
 
     Args:
         input_ids: (batch, length) integers.
         attention_mask: (batch, length), 0 at padding on either side; None takes `pad_token_id` for
             padding, where there is one.
         pad_token_id: the padding's id.
-
-    Returns:
-        For each row (num_tokens,) int64.
 
     Raises:
         OptionError: tensors of another shape, or a mask with holes.
@@ -61,7 +66,7 @@ def prompt_rows(input_ids: object, attention_mask: object, pad_token_id: int | N
 
 
 def requests(
-    rows: list[Any],
+    rows: Sequence[Row],
     config: ModelConfig,
     *,
     pixel_values: Any = None,
@@ -88,7 +93,8 @@ def requests(
     """
     images = iter(_images(config, pixel_values, image_sizes, batch_num_images))
     videos = iter(_videos(config, pixel_values_videos))
-    laid_out = [with_views(row, {"image": images, "video": videos}, config, ANYRES) for row in rows]
+    media: dict[Kind, Iterator[Medium]] = {"image": images, "video": videos}
+    laid_out = [with_views(row.ids, media, config, ANYRES) for row in rows]
     for kind, rest in (("image", images), ("video", videos)):
         if left := len(list(rest)):
             raise PromptError(
@@ -232,7 +238,7 @@ def _integers(name: str, values: Any, width: int) -> list[list[int]]:
     raise OptionError(f"{name}={values!r:.100}; expected integers {shape}. Pass the processor's.")
 
 
-def _row(ids: Any, mask: Any, index: int) -> Any:
+def _row(ids: NDArray[np.int64], mask: NDArray[np.int64], index: int) -> Row:
     kept = np.flatnonzero(mask)
     if not len(kept):
         raise OptionError(f"row {index} of input_ids is padding alone; expected a prompt.")
@@ -242,7 +248,7 @@ def _row(ids: Any, mask: Any, index: int) -> Any:
             f"attention_mask of row {index} has zeros between ones; expected padding on the left or"
             " on the right only. Remove the tokens instead."
         )
-    return ids[first:last]
+    return Row(int(first), ids[first:last])
 
 
 def _shape(value: object) -> str:

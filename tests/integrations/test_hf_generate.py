@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ovfast import Engine, OptionError, PromptError
+from ovfast.integrations import hf
 from ovfast.integrations.hf import OVFastForConditionalGeneration
 from tests.support import hf_processor
 from tests.support.prompts import picture
@@ -279,6 +280,44 @@ def test_logits_and_scores_of_each_step(pair: Pair) -> None:
             assert mine.shape == other.shape
             assert torch.equal(mine.isinf(), other.isinf())
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("keep", [0, 3, torch.tensor([0, 170, -1])])
+def test_logits_of_prompts(pair: Pair, side: str, keep: Any) -> None:
+    inputs = pair.inputs("nested", side)
+    ours = pair.ours(**inputs, logits_to_keep=keep).logits
+    with torch.no_grad():
+        theirs = pair.theirs(**inputs, logits_to_keep=keep).logits
+    assert ours.shape == theirs.shape
+    mask = inputs["attention_mask"].bool()
+    kept = mask[:, keep] if isinstance(keep, torch.Tensor) else mask[:, -keep:]
+    torch.testing.assert_close(ours[kept], theirs[kept], rtol=1e-4, atol=2e-3)
+    assert not ours[~kept].any()
+    for refused in ({"labels": inputs["input_ids"]}, {"max_new_tokens": 3}):
+        with pytest.raises(OptionError):
+            pair.ours(**inputs, **refused)
+
+
+def test_a_trained_model_stops_where_transformers_does() -> None:
+    path = Path(hf.__file__).parents[1] / "demo"
+    picture = Image.open(path / "samples" / "shapes.png").convert("RGB")
+    text = TURN.format("<image>\nHow many shapes are in the picture?")
+    inputs = dict(hf_processor.load_processor(path)(images=picture, text=text, return_tensors="pt"))
+    theirs = hf_processor.load_model(path)
+    ours = hf.OVFastForConditionalGeneration.from_pretrained("demo", device_map="cpu")
+    width = inputs["input_ids"].shape[1]
+    never = ours.engine._processor.forbidden_ids.tolist()
+    for options, ends in (
+        ({}, True),
+        ({"eos_token_id": None}, False),
+        ({"eos_token_id": 1}, False),
+    ):
+        given = {"max_new_tokens": 20, "suppress_tokens": never} | options
+        answer = ours.generate(**inputs, **given)
+        assert torch.equal(answer, theirs.generate(**inputs, **given))
+        assert (answer.shape[1] < width + 20) == ends
+    ours.close()
 
 
 def test_sampling_follows_torchs_seed(pair: Pair) -> None:

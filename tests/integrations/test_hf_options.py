@@ -115,6 +115,26 @@ def test_loading_refuses_too(tiny_checkpoint: Path, options: dict[str, Any]) -> 
         OVFastForConditionalGeneration.from_pretrained(tiny_checkpoint, **options)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device 0 here")
+@pytest.mark.parametrize("device_map", [0, "cuda:0", {"": 0}, {"": torch.device("cuda", 0)}])
+def test_devices_are_named_as_transformers_names_them(
+    tiny_checkpoint: Path, device_map: Any
+) -> None:
+    with pytest.raises(BackendError, match="CUDA devices were found"):
+        OVFastForConditionalGeneration.from_pretrained(tiny_checkpoint, device_map=device_map)
+
+
+def test_sampling_starts_from_transformers_defaults(model: OVFastForConditionalGeneration) -> None:
+    options = model.plan({"do_sample": True}, 3).options
+    assert (options["temperature"], options["top_k"], options["top_p"]) == (1.0, 50, 1.0)
+    assert options["max_new_tokens"] == 20
+    options = model.plan(
+        {"do_sample": True, "top_k": 0, "min_p": 0.1, "temperature": None}, 3
+    ).options
+    assert (options["temperature"], options["top_k"], options["min_p"]) == (1.0, None, 0.1)
+    assert model.plan({"temperature": 0.5}, 3).is_greedy
+
+
 def test_the_original_layout_is_refused(random_checkpoint: Any) -> None:
     with pytest.raises(ConfigError, match="original layout"):
         OVFastForConditionalGeneration.from_pretrained(random_checkpoint(layout="orig"))
@@ -181,7 +201,7 @@ def test_masks_with_holes_are_refused() -> None:
     with pytest.raises(OptionError, match="return_tensors='pt'"):
         prompt_rows([[1, 2]], None, None)
     (row,) = prompt_rows(ids, torch.tensor([[False, True, True, False]]), None)
-    assert row.tolist() == [1, 2]
+    assert (row.first, row.ids.tolist()) == (1, [1, 2])
 
 
 @pytest.mark.parametrize(

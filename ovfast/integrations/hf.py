@@ -33,11 +33,12 @@ from ovfast.integrations.hf_outputs import (
     step_logits,
 )
 from ovfast.integrations.hf_pipeline import TASK, Pipeline
+from ovfast.integrations.hf_processor import OVFastProcessor
 from ovfast.integrations.together import answer_all
 from ovfast.model_inputs import ModelInputs
 from ovfast.storage import DTYPES
 
-__all__ = ["OVFastForConditionalGeneration", "Pipeline", "pipeline"]
+__all__ = ["OVFastForConditionalGeneration", "OVFastProcessor", "Pipeline", "pipeline"]
 
 
 class OVFastForConditionalGeneration:
@@ -58,6 +59,7 @@ class OVFastForConditionalGeneration:
                 " a Hugging Face conversion. Use ovfast.load() with it."
             )
         self._transformers = import_transformers()
+        self._never_generated = frozenset(engine._processor.forbidden_ids.tolist())
         configs = self._transformers.GenerationConfig
         if (path / "generation_config.json").is_file():
             self.generation_config: Any = configs.from_pretrained(path)
@@ -259,7 +261,7 @@ class OVFastForConditionalGeneration:
             prompt_length=prompt_length,
             tokenizer=tokenizer,
             stopping_criteria=stopping_criteria,
-            never_generated=self.engine._processor.forbidden_ids.tolist(),
+            never_generated=self._never_generated,
         )
 
     def answer(

@@ -20,7 +20,15 @@ from ovfast.integrations.token_prompts import Kind, Medium, with_views
 from ovfast.model_inputs import ModelInputs
 from ovfast.reference_pixels import UInt8Array
 
-__all__ = ["ANYRES", "Row", "prompt_rows", "recover_bytes", "requests"]
+__all__ = [
+    "ANYRES",
+    "Row",
+    "image_plans",
+    "normalise",
+    "prompt_rows",
+    "recover_bytes",
+    "requests",
+]
 
 # transformers decides by batch_num_images which pictures are cut into crops; it rounds as "hf".
 ANYRES = VisualOptions(token_policy="anyres")
@@ -123,11 +131,11 @@ def recover_bytes(pixel_values: Tensor) -> UInt8Array:
             f"pixel values of dtype {pixels.dtype}; expected normalised floats. Leave do_rescale"
             " and do_normalize on."
         )
-    levels = ((pixels.float() + 1) * 127.5).round()
-    if bool(((levels >= 0) & (levels <= 255)).all()):
-        index = levels.to(torch.int64)
-        if any(torch.equal(table[index], pixels) for table in _tables(pixels.dtype)):
-            return np.ascontiguousarray(index.to(torch.uint8).permute(0, 2, 3, 1).numpy())
+    values = pixels.float().numpy()  # what half precision holds, float32 holds too
+    if (np.abs(values) <= 1).all():
+        levels = (values * 127.5 + 128).astype(np.uint8)  # 127.5 · value + 127.5, rounded
+        if any(np.array_equal(table[levels], values) for table in _tables(pixels.dtype)):
+            return np.ascontiguousarray(levels.transpose(0, 2, 3, 1))
     raise MediaError(
         "pixel values that are not normalised bytes (mean 0.5, deviation 0.5, scale 1/255);"
         " ovfast computes from bytes and would have to guess them. Pass the processor's output"
@@ -135,17 +143,25 @@ def recover_bytes(pixel_values: Tensor) -> UInt8Array:
     )
 
 
+def normalise(views: UInt8Array) -> Tensor:
+    """(num_views, side, side, 3) uint8 to (num_views, 3, side, side) float32, as the Pillow
+    processor does, to the bit.
+    """
+    return torch.from_numpy(_tables(torch.float32)[0][views.transpose(0, 3, 1, 2)])
+
+
 @cache
-def _tables(dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _tables(dtype: torch.dtype) -> tuple[NDArray[np.float32], ...]:
     """The value of each byte by each formula of transformers' image and video processors."""
     levels = torch.arange(256, dtype=torch.float64)
     scaled = (levels / 255).float()
     multiplied = levels.float() * torch.tensor(1 / 255, dtype=torch.float32)
-    return (
-        ((levels.float() - 127.5) / 127.5).to(dtype),  # mean and deviation times 255, folded
-        ((scaled - 0.5) / 0.5).to(dtype),
-        ((multiplied - 0.5) / 0.5).to(dtype),
+    formulas = (
+        (scaled - 0.5) / 0.5,
+        (levels.float() - 127.5) / 127.5,  # mean and deviation times 255, folded
+        (multiplied - 0.5) / 0.5,
     )
+    return tuple(values.to(dtype).float().numpy() for values in formulas)
 
 
 def _images(
@@ -161,7 +177,7 @@ def _images(
             " side, side) or (num_views, 3, side, side). Call the processor with"
             " return_tensors='pt'."
         )
-    plans = _image_plans(config, image_sizes, batch_num_images)
+    plans = image_plans(config, image_sizes, batch_num_images)
     if pixel_values.ndim == 5 and len(pixel_values) != len(plans):
         raise OptionError(
             f"{len(pixel_values)} pixel_values for {len(plans)} image_sizes; pass both."
@@ -178,7 +194,17 @@ def _images(
         )
 
 
-def _image_plans(config: ModelConfig, image_sizes: Any, batch_num_images: Any) -> list[VisualPlan]:
+def image_plans(config: ModelConfig, image_sizes: Any, batch_num_images: Any) -> list[VisualPlan]:
+    """Plans of pictures, as transformers' model makes them of their sizes.
+
+    Args:
+        config: of the checkpoint.
+        image_sizes: (num_images, 2): height and width of the originals.
+        batch_num_images: as in `requests`.
+
+    Raises:
+        OptionError: the two do not fit together.
+    """
     sizes = _integers("image_sizes", image_sizes, 2)
     counts = [1] * len(sizes)
     if batch_num_images is not None:

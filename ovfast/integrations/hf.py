@@ -4,8 +4,9 @@
 
 in place of `LlavaOnevisionForConditionalGeneration`. Which options count: `hf_options`. Answers are
 those of transformers with the same tensors, except that media placeholders and ids without a token
-are never generated, that sampled tokens come from other random numbers, and that rows padded on the
-right are answered like rows padded on the left (transformers goes on from the padding).
+are never generated, that sampled tokens come from other random numbers, and that padding is no part
+of a prompt: a repetition penalty does not see it, and rows padded on the right are answered like
+rows padded on the left (transformers goes on from the padding).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,17 +22,8 @@ from ovfast.errors import BackendError, ConfigError, OptionError
 from ovfast.integrations import hf_tensors
 from ovfast.integrations.arguments import refuse_unknown
 from ovfast.integrations.hf_loading import import_transformers, load_pretrained
-from ovfast.integrations.hf_options import (
-    FORWARD_INPUTS,
-    Generation,
-    plan_generation,
-)
-from ovfast.integrations.hf_outputs import (
-    greedy_scores,
-    joined,
-    prompt_logits,
-    step_logits,
-)
+from ovfast.integrations.hf_options import FORWARD_INPUTS, Generation, plan_generation
+from ovfast.integrations.hf_outputs import greedy_scores, joined, prompt_logits, step_logits
 from ovfast.integrations.hf_pipeline import TASK, Pipeline
 from ovfast.integrations.hf_processor import OVFastProcessor
 from ovfast.integrations.together import answer_all
@@ -145,7 +137,7 @@ class OVFastForConditionalGeneration:
         """Frees weights and cache."""
         self.engine.close()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         inputs: Any = None,
@@ -214,7 +206,7 @@ class OVFastForConditionalGeneration:
         sequences = joined(repeated, new_ids, plan.pad_token_id)
         return self._output(sequences, prompts, new_ids, plan) if plan.return_dict else sequences
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, *, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
         """Logits of prompts, as transformers' `forward` without a cache.
 

@@ -155,18 +155,18 @@ def engine_params(
         OptionError: a wrong value.
     """
     greedy = 0 <= params.temperature < GREEDY_BELOW
-    drawn: dict[str, Any] = {}
-    if not greedy:
-        drawn = {"temperature": params.temperature, "top_p": params.top_p, "min_p": params.min_p}
-        drawn["top_k"] = None if params.top_k in (0, -1) else params.top_k
-    max_tokens = params.max_tokens
+    max_tokens, min_tokens = params.max_tokens, params.min_tokens
     if isinstance(max_tokens, int) and max_tokens > room:
         max_tokens = max(1, room)
+        min_tokens = min(min_tokens, max_tokens)
     stop: Sequence[str] = params.stop or ()
     return sampling.SamplingParams(
-        **drawn,
+        temperature=0.0 if greedy else params.temperature,
+        top_p=params.top_p,
+        top_k=None if params.top_k in (0, -1) else params.top_k,
+        min_p=params.min_p,
         max_new_tokens=max_tokens,
-        min_new_tokens=params.min_tokens,
+        min_new_tokens=min_tokens,
         repetition_penalty=params.repetition_penalty,
         seed=seed if params.seed is None else params.seed,
         stop=stop,

@@ -211,7 +211,8 @@ def test_the_seed_of_the_model_fixes_requests_without_one(tiny_checkpoint: Path)
 
 
 def test_max_tokens_end_at_the_model(tiny: LLM) -> None:
-    (output,) = tiny.generate("How many?", greedy(max_tokens=5000, ignore_eos=True))
+    params = greedy(max_tokens=5000, min_tokens=2000, ignore_eos=True)
+    (output,) = tiny.generate("How many?", params)
     assert output.prompt_token_ids is not None
     assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 1024
     assert output.outputs[0].finish_reason == "length"

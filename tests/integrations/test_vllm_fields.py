@@ -153,6 +153,7 @@ def test_refused_sampling_params(name: str) -> None:
         {"n": 2, "temperature": 0.0},
         {"temperature": -1.0},
         {"top_p": 0.0},
+        {"temperature": 0.0, "min_p": 2.0},
         {"top_k": -2},
         {"max_tokens": 0},
         {"min_tokens": 20},

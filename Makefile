@@ -10,6 +10,8 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST_TRITON := build/triton-3.6
+LITELLM := build/integrations/litellm
+PURELIB := import sysconfig; print(sysconfig.get_path('purelib'))
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h)
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
@@ -21,7 +23,7 @@ export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all test-matrix check sanitize format aot-table test-oldest-triton gpu clean
+.PHONY: demo test test-all test-matrix test-integrations-shapes check sanitize format aot-table test-oldest-triton gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m ovfast demo --out demo-out
@@ -41,6 +43,11 @@ test-matrix: $(OLDEST_TRITON)/.installed
 # The kernels under the oldest Triton that torch brings along, beside the environment's own.
 test-oldest-triton: $(OLDEST_TRITON)/.installed
 	@PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest -q tests/kernels/test_aot.py -k "sm_90 and bf16"
+
+# The shapes of transformers and vLLM in .venv, LiteLLM's in an environment of its own.
+test-integrations-shapes: $(LITELLM)/.installed
+	$(BIN)/python -m pytest -q tests/integrations $(PYTEST_ARGS)
+	$(LITELLM)/bin/python -m pytest -q tests/integrations/test_litellm_provider.py $(PYTEST_ARGS)
 
 # Everything that only a CUDA device can tell; rows go to benchmarks/results/.
 gpu: $(VENV)/.installed
@@ -101,6 +108,17 @@ aot-table: $(OLDEST_TRITON)/.installed
 
 $(OLDEST_TRITON)/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLDEST_TRITON) "triton==3.6.*"
+	@touch $@
+
+# LiteLLM and what it brings along stand before .venv's packages, which are seen too: torch is
+# installed once.
+$(LITELLM)/.installed: $(VENV)/.installed
+	rm -rf $(LITELLM)
+	$(BIN)/python -m venv $(LITELLM)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "$(PURELIB)")')" \
+		> "$$($(LITELLM)/bin/python -c "$(PURELIB)")/beside.pth"
+	$(LITELLM)/bin/python -m pip install --quiet $$($(BIN)/python -c "import tomllib; \
+		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['litellm'])")
 	@touch $@
 
 clean:

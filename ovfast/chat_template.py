@@ -21,7 +21,7 @@ from ovfast.config import ModelConfig
 from ovfast.errors import CheckpointError, PromptError
 from ovfast.json_fields import load_json
 
-__all__ = ["ChatTemplate", "load_template"]
+__all__ = ["ChatTemplate", "load_template", "template_source"]
 
 PLACEHOLDER = re.compile("\ue000(\\d+)\ue001|(<image>|<video>)")
 
@@ -177,6 +177,16 @@ def load_template(path: Path, config: ModelConfig) -> ChatTemplate | None:
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             variables[name] = token
+    source = template_source(path)
+    return None if source is None else ChatTemplate(source, variables)
+
+
+def template_source(path: Path) -> str | None:
+    """The Jinja source of a Hugging Face checkpoint's chat template, if it has one.
+
+    Raises:
+        CheckpointError: it is no text.
+    """
     source: object = None
     if (path / "chat_template.jinja").is_file():
         source = (path / "chat_template.jinja").read_text(encoding="utf-8")
@@ -186,11 +196,9 @@ def load_template(path: Path, config: ModelConfig) -> ChatTemplate | None:
     if isinstance(source, list):  # several named templates
         named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
         source = named.get("default")
-    if source is None:
-        return None
-    if not isinstance(source, str):
+    if source is not None and not isinstance(source, str):
         raise CheckpointError(f"{path}: chat_template is {source!r:.100}; expected Jinja source.")
-    return ChatTemplate(source, variables)
+    return source
 
 
 def _is_interleaved(message: Message) -> bool:

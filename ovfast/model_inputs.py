@@ -32,7 +32,7 @@ class ModelInputs:
         spans: where each picture and video stands, in order.
         plans: one for each span, in the same order.
         media: for each plan the decoded picture (height, width, 3) or frames (frames, height,
-            width, 3), uint8.
+            width, 3), uint8; empty where the request came with its views ready-made.
         visual: the options it was laid out with.
         media_ms, preprocess_ms: time for decoding, and for everything after it.
     """

@@ -39,7 +39,10 @@ class Span(Protocol):
 
 
 class Inputs(Protocol):
-    """What the model reads of a prepared request; spans, plans, media and views in one order."""
+    """What the model reads of a prepared request; spans, plans, media and views in one order.
+
+    Without media the views were given ready-made, and are read on every back end.
+    """
 
     @property
     def input_ids(self) -> NDArray[np.int64]: ...
@@ -174,7 +177,7 @@ class LlavaOnevision:
     def _pixels(self, inputs: Inputs, part: Part) -> Pixels:
         """The views of a part's pictures, whose plans stand side by side."""
         first, last = part.spans[0].plan_index, part.spans[-1].plan_index + 1
-        if self._ops.reads_pictures:
+        if self._ops.reads_pictures and inputs.media:
             return self._pixel_loader.load(inputs.media[first:last], inputs.plans[first:last])
         counts = [plan.num_views for plan in inputs.plans]
         views = inputs.views[sum(counts[:first]) : sum(counts[:last])]

@@ -1,0 +1,55 @@
+"""Chats laid out: with an answer to follow, or with the last message to be continued."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ovfast.anyres import VisualOptions
+from ovfast.engine import Engine
+from ovfast.errors import PromptError
+from ovfast.integrations.token_prompts import append_ids
+from ovfast.model_inputs import ModelInputs
+
+__all__ = ["prepare_chat", "prompt_text"]
+
+
+def prepare_chat(
+    engine: Engine,
+    messages: Sequence[Any],
+    *,
+    continue_final: bool = False,
+    visual: VisualOptions | None = None,
+) -> ModelInputs:
+    """Lays a chat out.
+
+    Args:
+        engine: whose template and tokenizer are used.
+        messages: a chat as `Engine.generate` takes it.
+        continue_final: leave the last message open; it must be an assistant's single text.
+        visual: how pictures become tokens; None takes the engine's.
+
+    Raises:
+        OVFastError: as `Engine.prepare`.
+    """
+    messages = list(messages)
+    if not continue_final:
+        return engine.prepare(messages, visual=visual)
+    last = messages[-1]
+    text = last["content"] if isinstance(last, dict) and last.get("role") == "assistant" else None
+    if isinstance(text, list | tuple) and len(text) == 1:
+        text = text[0].get("text")
+    if not isinstance(text, str) or len(messages) < 2:
+        raise PromptError(
+            "the last message is to be continued, and is not an assistant's single text after"
+            " another message; expected one. Pass continue_final_message=False."
+        )
+    opened = engine.prepare(messages[:-1], visual=visual)
+    ids = engine._processor.continue_ids(opened.input_ids.tolist(), text)
+    return append_ids(opened, ids[opened.num_tokens :])
+
+
+def prompt_text(engine: Engine, inputs: ModelInputs) -> str:
+    """A laid-out prompt as text, with one placeholder for each picture and video."""
+    ids = inputs.input_ids.tolist()
+    for span in reversed(inputs.spans):
+        ids[span.start : span.end] = ids[span.start : span.start + 1]
+    return str(engine._processor.tokenizer.decode(ids, skip_special_tokens=False))

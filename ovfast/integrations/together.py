@@ -1,0 +1,36 @@
+"""Several requests in one go, each with sampling parameters of its own."""
+
+import time
+from collections.abc import Sequence
+
+from ovfast.engine import Engine
+from ovfast.model_inputs import ModelInputs
+from ovfast.outputs import GenerationOutput
+from ovfast.sampling import SamplingParams
+
+__all__ = ["answer_all"]
+
+
+def answer_all(
+    engine: Engine, inputs: Sequence[ModelInputs], params: Sequence[SamplingParams]
+) -> list[GenerationOutput]:
+    """Answers requests side by side, as `Engine.generate` does with one set of parameters.
+
+    Args:
+        engine: whose slots are shared by as many requests as there are.
+        inputs: laid-out requests.
+        params: one for each.
+
+    Returns:
+        One output a request, in order.
+
+    Raises:
+        OVFastError: see `ovfast.errors`.
+    """
+    started = time.perf_counter()
+    requests = [
+        engine._request(each, sampling, started)
+        for each, sampling in zip(inputs, params, strict=True)
+    ]
+    engine._scheduler.run(requests)
+    return [request.output() for request in requests]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from ovfast.errors import MediaError, PromptError
 
@@ -30,6 +30,7 @@ MEDIA_TYPES = {
 # Keys of a message that say nothing to a model without tools; they must be empty where given.
 EMPTY_KEYS = ("tool_calls", "function_call", "audio", "refusal")
 FRAMES = re.compile(r"data:video/(jpeg|png);base64,", re.IGNORECASE)  # frames, parted by commas
+URL = re.compile(r"([a-z][a-z0-9+.-]*):(//[^/]*)?", re.IGNORECASE)
 
 
 def parse_messages(
@@ -124,6 +125,8 @@ def _type(part: Any, where: str) -> str:
 
 def _source(source: Any, medium: str, allowed_path: Any) -> Any:
     """A source that may be loaded; objects such as PIL images as they are."""
+    if isinstance(source, list | tuple):  # frames, each of which may be a path
+        return [_source(each, "image", allowed_path) for each in source]
     if not isinstance(source, str | os.PathLike):
         return source
     text = os.fspath(source)
@@ -133,19 +136,23 @@ def _source(source: Any, medium: str, allowed_path: Any) -> Any:
         if header is None or medium != "video":
             return text
         return [f"data:image/{header[1]};base64,{frame}" for frame in frames]
-    scheme = urlsplit(text).scheme.lower()
-    if scheme not in ("", "file"):
+    url = URL.match(text)
+    if url is not None and url[1].lower() != "file":
         raise MediaError(
             f"{medium} {text[:100]!r} is a URL; expected a data URI. ovfast fetches nothing:"
             f" download it and send 'data:{medium}/…;base64,…'."
         )
-    path = Path(unquote(urlsplit(text).path) if scheme == "file" else text)
-    if allowed_path is None:
+    path = text if url is None else unquote(text[url.end() :])
+    if not allowed_path:
         raise MediaError(
             f"{medium} {text[:100]!r} is a path; expected a data URI, because no directory is"
             " allowed. Send the file's content, or set allowed_local_media_path."
         )
-    root, resolved = Path(allowed_path).resolve(), path.resolve()
+    root = Path(allowed_path).resolve()
+    try:
+        resolved = Path(path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null byte
+        raise MediaError(f"{medium} {text[:100]!r} is no readable path: {error}.") from error
     if not resolved.is_relative_to(root):
         raise MediaError(
             f"{medium} {text[:100]!r} is outside {str(root)!r}, the only directory that may be"

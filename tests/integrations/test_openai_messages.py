@@ -111,9 +111,25 @@ def test_sources_are_data_or_below_the_allowed_directory(tmp_path: Path) -> None
         url = str(inside / url) if url == "link.png" else url
         with pytest.raises(MediaError, match="outside"):
             source(url, allowed_path=inside)
-    for url in ("http://a.b/c.png", "https://a.b/c.png", "ftp://a/b", "s3://a/b"):
+    for url in ("http://a.b/c.png", "https://a.b/c.png", "ftp://a/b", "s3://a/b", "http://[a"):
         with pytest.raises(MediaError, match="fetches nothing"):
             source(url, allowed_path="/")
+    with pytest.raises(MediaError, match="no directory is allowed"):
+        source("a.png", allowed_path="")  # not the working directory
+    with pytest.raises(MediaError, match="null byte"):
+        source("a\0.png", allowed_path="/")
+
+
+@pytest.mark.parametrize("wrap", [lambda frames: frames, lambda frames: {"url": frames}])
+def test_frames_of_a_video_are_no_way_to_other_files(tmp_path: Path, wrap: Any) -> None:
+    PICTURE.save(tmp_path / "a.png")
+    part = {"type": "video_url", "video_url": wrap([PICTURE, str(tmp_path / "a.png")])}
+    with pytest.raises(MediaError, match="no directory is allowed"):
+        parts(part)
+    with pytest.raises(MediaError, match="outside"):
+        parts(part, allowed_path=tmp_path / "in")
+    (allowed,) = parts(part, allowed_path=tmp_path)
+    assert load_video(allowed["video"]).shape == (2, 3, 4, 3)
 
 
 def test_a_video_of_pictures() -> None:

@@ -33,6 +33,7 @@ from ovfast.errors import (
     OVFastError,
     PromptError,
 )
+from ovfast.integrations.arguments import visual_with
 from ovfast.integrations.chats import prepare_chat
 from ovfast.integrations.openai_messages import parse_messages
 from ovfast.integrations.openai_options import parse_options, unsupported
@@ -149,7 +150,7 @@ class OVFastLLM(litellm.CustomLLM):  # type: ignore[misc]
             engine,
             messages,
             continue_final=options.continue_final,
-            visual=options.visual_options(engine.visual),
+            visual=visual_with(engine.visual, options.visual),
         )
         return Call(
             kwargs["model"],

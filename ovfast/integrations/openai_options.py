@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ovfast.anyres import VisualOptions
 from ovfast.errors import OptionError
-from ovfast.integrations.vllm_prompts import visual_with
 from ovfast.sampling import SamplingParams
 
 __all__ = ["HONOURED", "NO_EFFECT", "Completion", "parse_options", "unsupported"]
@@ -72,13 +70,13 @@ class Completion:
         sampling: parameters of its answers; greedy where no temperature is given.
         n: answers.
         continue_final: go on with the last message.
-        visual: how pictures become tokens; None takes the engine's.
+        visual: mm_processor_kwargs as given.
     """
 
     sampling: SamplingParams
     n: int
     continue_final: bool
-    visual: dict[str, Any]
+    visual: Any
 
     def seeded(self, seed: int) -> list[SamplingParams]:
         """Parameters of each answer: seeds that follow each other, from `seed` if none was given.
@@ -89,10 +87,6 @@ class Completion:
             return [self.sampling]
         first = seed if self.sampling.seed is None else self.sampling.seed
         return [replace(self.sampling, seed=(first + index) % 2**64) for index in range(self.n)]
-
-    def visual_options(self, default: VisualOptions) -> VisualOptions:
-        """The engine's options with those of the request."""
-        return visual_with(default, self.visual)
 
 
 def unsupported(params: Mapping[str, Any]) -> list[str]:
@@ -120,6 +114,11 @@ def parse_options(params: Mapping[str, Any]) -> Completion:
     count, top = given.get("n", 1), given.get("top_logprobs", 0)
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise OptionError(f"n={count!r}; expected an integer of at least 1.")
+    if not isinstance(given.get("logprobs", False), bool):
+        raise OptionError(
+            f"logprobs={given['logprobs']!r}; expected True or False. Pass the number of"
+            " alternatives as top_logprobs."
+        )
     continues = bool(given.get("continue_final_message", False))
     if given.get("add_generation_prompt", not continues) == continues:
         raise OptionError(
@@ -131,6 +130,4 @@ def parse_options(params: Mapping[str, Any]) -> Completion:
     elif top:
         raise OptionError(f"top_logprobs={top} without logprobs; pass logprobs=True.")
     names = {str(name): value for name, value in fields.items()}
-    return Completion(
-        SamplingParams(**names), count, continues, dict(given.get("mm_processor_kwargs", {}))
-    )
+    return Completion(SamplingParams(**names), count, continues, given.get("mm_processor_kwargs"))

@@ -19,18 +19,14 @@ from typing import Any, Self, TypedDict
 from ovfast.anyres import VisualOptions
 from ovfast.checkpoint import resolve_checkpoint
 from ovfast.errors import BackendError, OptionError
+from ovfast.integrations.arguments import refuse_given, visual_with
 from ovfast.integrations.chats import prepare_chat, prompt_text
 from ovfast.integrations.openai_messages import parse_messages
 from ovfast.integrations.together import answer_all
 from ovfast.integrations.vllm_arguments import load_options, media_limits
 from ovfast.integrations.vllm_outputs import CompletionOutput, Logprob, RequestOutput, completion
 from ovfast.integrations.vllm_params import RequestOutputKind, SamplingParams, engine_params
-from ovfast.integrations.vllm_prompts import (
-    as_prompts,
-    check_counts,
-    prepare_prompt,
-    visual_with,
-)
+from ovfast.integrations.vllm_prompts import as_prompts, check_counts, prepare_prompt
 from ovfast.loading import load
 from ovfast.model_inputs import ModelInputs
 
@@ -44,6 +40,8 @@ __all__ = [
     "TextPrompt",
     "TokensPrompt",
 ]
+
+HINT = "Leave it out."
 
 
 class TextPrompt(TypedDict, total=False):
@@ -133,7 +131,7 @@ class LLM:
         Raises:
             BackendError: transformers is not installed.
         """
-        _refuse(lora_request=lora_request)
+        refuse_given(HINT, lora_request=lora_request)
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
@@ -187,7 +185,7 @@ class LLM:
             OVFastError: see `ovfast.errors`; what is wrong with a prompt is raised before any runs.
         """
         del use_tqdm, priority
-        _refuse(lora_request=lora_request, tokenization_kwargs=tokenization_kwargs)
+        refuse_given(HINT, lora_request=lora_request, tokenization_kwargs=tokenization_kwargs)
         visual = visual_with(self._visual, mm_processor_kwargs)
         laid_out = [
             prepare_prompt(self.engine, each, visual, self._limits) for each in as_prompts(prompts)
@@ -232,7 +230,8 @@ class LLM:
             OVFastError: as `generate`.
         """
         del use_tqdm, chat_template_content_format
-        _refuse(
+        refuse_given(
+            HINT,
             lora_request=lora_request,
             chat_template=chat_template,
             tools=tools,
@@ -245,9 +244,9 @@ class LLM:
                 f"{continue_final_message}; expected one of them. Set the other to False."
             )
         visual = visual_with(self._visual, mm_processor_kwargs)
-        is_one = bool(messages) and not isinstance(messages[0], list | tuple)
+        first = next(iter(messages), None) if isinstance(messages, list | tuple) else None
         laid_out = []
-        for chat in [messages] if is_one else messages:
+        for chat in messages if isinstance(first, list | tuple) else [messages]:
             parsed = parse_messages(chat, allowed_path=self._media_path)
             check_counts(_media_counts(parsed), self._limits)
             inputs = prepare_chat(
@@ -260,11 +259,12 @@ class LLM:
         self, laid_out: Sequence[tuple[str | None, ModelInputs]], sampling_params: Any
     ) -> list[RequestOutput]:
         given = self.get_default_sampling_params() if sampling_params is None else sampling_params
-        wanted = [given] * len(laid_out) if isinstance(given, SamplingParams) else list(given)
-        if len(wanted) != len(laid_out):
+        wanted = given if isinstance(given, list | tuple) else [given] * len(laid_out)
+        known = all(isinstance(each, SamplingParams) for each in wanted)
+        if not known or len(wanted) != len(laid_out):
             raise OptionError(
-                f"{len(wanted)} sampling_params for {len(laid_out)} prompts; expected one for all,"
-                " or one for each."
+                f"sampling_params={given!r:.100} for {len(laid_out)} prompts; expected one"
+                " SamplingParams of this module for all, or a list with one for each."
             )
         inputs, params = [], []
         for (_, prompt), each in zip(laid_out, wanted, strict=True):
@@ -303,9 +303,3 @@ class LLM:
 def _media_counts(messages: list[dict[str, Any]]) -> dict[str, int]:
     parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
     return {kind: sum(part["type"] == kind for part in parts) for kind in ("image", "video")}
-
-
-def _refuse(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value is not None and value not in ({}, []):
-            raise OptionError(f"{name}={value!r:.100} is not supported. Leave it out.")

@@ -94,7 +94,8 @@ def load_options(given: dict[str, Any]) -> dict[str, Any]:
             allowed = " or ".join(map(repr, ONLY[name]))
             raise OptionError(f"LLM({name}={value!r:.100}); expected {allowed}. Leave it out.")
     options = {HONOURED[k]: v for k, v in given.items() if k in HONOURED and v is not None}
-    options["max_batch_size"] = min(options.get("max_batch_size", 1), MOST_ROWS)
+    if isinstance(rows := options.get("max_batch_size"), int):
+        options["max_batch_size"] = min(rows, MOST_ROWS)
     return options
 
 
@@ -104,10 +105,10 @@ def media_limits(given: Any) -> dict[str, int]:
     Raises:
         OptionError: something else.
     """
-    limits = {}
-    for kind, limit in dict(given or {}).items():
-        count = limit.get("count") if isinstance(limit, dict) else limit
-        if not isinstance(count, int):
-            raise OptionError(f"limit_mm_per_prompt={given!r:.100}; expected counts by kind.")
-        limits[str(kind)] = count
-    return limits
+    given = {} if given is None else given
+    counts: dict[str, Any] = {}
+    if isinstance(given, dict):
+        counts = {k: v.get("count") if isinstance(v, dict) else v for k, v in given.items()}
+    if not isinstance(given, dict) or not all(isinstance(n, int) for n in counts.values()):
+        raise OptionError(f"limit_mm_per_prompt={given!r:.100}; expected a dict of counts by kind.")
+    return counts

@@ -99,8 +99,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.seed == -1:
             self.seed = None
-        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-        self.stop_token_ids = list(dict.fromkeys(self.stop_token_ids or ()))
+        self.stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        self.stop_token_ids = self.stop_token_ids or []
         self.bad_words = list(self.bad_words or ())
         self.logprobs = 1 if self.logprobs is True else self.logprobs
         self.check()
@@ -130,6 +130,7 @@ class SamplingParams:
             )
         if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1:
             raise OptionError(f"n={self.n!r}; expected an integer of at least 1.")
+        engine_params(self, vocab_size=1, room=1 << 62)
         if self.temperature < GREEDY_BELOW and self.n > 1:
             raise OptionError(
                 f"n={self.n} with temperature={self.temperature}; greedy answers would all be the"
@@ -137,7 +138,6 @@ class SamplingParams:
             )
         if self.stop and not self.detokenize:
             raise OptionError("stop strings with detokenize=False; expected one of them.")
-        engine_params(self, vocab_size=1, room=1 << 62)
 
 
 def engine_params(
@@ -154,14 +154,16 @@ def engine_params(
     Raises:
         OptionError: a wrong value.
     """
-    greedy = 0 <= params.temperature < GREEDY_BELOW
+    temperature = params.temperature
+    if isinstance(temperature, int | float) and 0 <= temperature < GREEDY_BELOW:
+        temperature = 0.0
     max_tokens, min_tokens = params.max_tokens, params.min_tokens
     if isinstance(max_tokens, int) and max_tokens > room:
         max_tokens = max(1, room)
         min_tokens = min(min_tokens, max_tokens)
     stop: Sequence[str] = params.stop or ()
     return sampling.SamplingParams(
-        temperature=0.0 if greedy else params.temperature,
+        temperature=temperature,
         top_p=params.top_p,
         top_k=None if params.top_k in (0, -1) else params.top_k,
         min_p=params.min_p,

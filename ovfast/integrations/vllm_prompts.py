@@ -1,19 +1,19 @@
 """vLLM's prompts, as texts, ids or dicts with media, turned into requests of an engine."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 
 from ovfast.anyres import VisualOptions, VisualPlan, plan_image, plan_video
 from ovfast.engine import Engine
-from ovfast.errors import OptionError, PromptError
+from ovfast.errors import PromptError
+from ovfast.integrations.arguments import visual_with
 from ovfast.integrations.token_prompts import Kind, expand
 from ovfast.media import load_images, load_video
 from ovfast.model_inputs import ModelInputs
 
-__all__ = ["as_prompts", "check_counts", "prepare_prompt", "visual_with"]
+__all__ = ["as_prompts", "check_counts", "prepare_prompt"]
 
 TEXT_KEYS = ("prompt", "prompt_token_ids")
 KEYS = (*TEXT_KEYS, "multi_modal_data", "mm_processor_kwargs")
@@ -30,22 +30,6 @@ def as_prompts(prompts: Any) -> list[Any]:
             " 'prompt_token_ids', or a list of these."
         )
     return list(prompts)
-
-
-def visual_with(visual: VisualOptions, overrides: Any) -> VisualOptions:
-    """Options with vLLM's mm_processor_kwargs, which here are fields of VisualOptions.
-
-    Raises:
-        OptionError: another name.
-    """
-    known = [each.name for each in fields(VisualOptions)]
-    overrides = dict(overrides or {})
-    if unknown := set(overrides) - set(known):
-        raise OptionError(
-            f"mm_processor_kwargs with {sorted(unknown)}; expected fields of VisualOptions:"
-            f" {', '.join(known)}."
-        )
-    return replace(visual, **overrides)
 
 
 def prepare_prompt(

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from ovfast import MediaError, OptionError, PromptError, VisualOptions
+from ovfast.integrations.arguments import visual_with
 from ovfast.integrations.openai_messages import parse_messages
 from ovfast.integrations.openai_options import (
     HONOURED,
@@ -169,7 +170,7 @@ def test_parameters_become_sampling_parameters() -> None:
     )
     assert options.sampling == expected
     assert [params.seed for params in options.seeded(3)] == [2**64 - 1, 0]
-    assert options.visual_options(VisualOptions()) == VisualOptions(max_views=1)
+    assert visual_with(VisualOptions(), options.visual) == VisualOptions(max_views=1)
     plain = parse_options({"top_k": -1, "logprobs": False})
     assert plain.sampling == SamplingParams()
     assert [params.seed for params in plain.seeded(3)] == [None]
@@ -181,6 +182,7 @@ def test_parameters_become_sampling_parameters() -> None:
         {"n": 0},
         {"n": True},
         {"top_logprobs": 2},
+        {"logprobs": 5},
         {"temperature": "hot"},
         {"max_tokens": 0},
         {"stop": [""]},

@@ -152,6 +152,8 @@ def test_refused_sampling_params(name: str) -> None:
         {"n": 0},
         {"n": 2, "temperature": 0.0},
         {"temperature": -1.0},
+        {"temperature": "hot"},
+        {"temperature": None},
         {"top_p": 0.0},
         {"temperature": 0.0, "min_p": 2.0},
         {"top_k": -2},
@@ -159,6 +161,8 @@ def test_refused_sampling_params(name: str) -> None:
         {"min_tokens": 20},
         {"logprobs": -2},
         {"stop": [""]},
+        {"stop": 5},
+        {"stop_token_ids": 5},
         {"stop": "x", "detokenize": False},
     ],
 )

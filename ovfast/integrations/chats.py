@@ -1,12 +1,15 @@
 """Chats laid out: with an answer to follow, or with the last message to be continued."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from ovfast.anyres import VisualOptions
+from ovfast.chat import parse_chat
 from ovfast.engine import Engine
 from ovfast.errors import PromptError
-from ovfast.integrations.token_prompts import append_ids
 from ovfast.model_inputs import ModelInputs
 
 __all__ = ["prepare_chat", "prompt_text"]
@@ -33,18 +36,17 @@ def prepare_chat(
     messages = list(messages)
     if not continue_final:
         return engine.prepare(messages, visual=visual)
-    last = messages[-1]
-    text = last["content"] if isinstance(last, dict) and last.get("role") == "assistant" else None
-    if isinstance(text, list | tuple) and len(text) == 1:
-        text = text[0].get("text")
-    if not isinstance(text, str) or len(messages) < 2:
+    last = parse_chat(messages)[-1]
+    texts = [segment.text for part in last.parts for segment in part.segments]
+    if last.role != "assistant" or len(last.parts) != 1 or not texts or len(messages) < 2:
         raise PromptError(
             "the last message is to be continued, and is not an assistant's single text after"
             " another message; expected one. Pass continue_final_message=False."
         )
     opened = engine.prepare(messages[:-1], visual=visual)
-    ids = engine._processor.continue_ids(opened.input_ids.tolist(), text)
-    return append_ids(opened, ids[opened.num_tokens :])
+    # The template's last newline may become one token with those that the text begins with.
+    ids = engine._processor.continue_ids(opened.input_ids.tolist(), texts[0])
+    return replace(opened, input_ids=np.array(ids, np.int64))
 
 
 def prompt_text(engine: Engine, inputs: ModelInputs) -> str:

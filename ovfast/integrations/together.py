@@ -28,6 +28,8 @@ def answer_all(
         OVFastError: see `ovfast.errors`.
     """
     started = time.perf_counter()
+    for each in inputs:
+        engine._check_inputs(each)
     requests = [
         engine._request(each, sampling, started)
         for each, sampling in zip(inputs, params, strict=True)

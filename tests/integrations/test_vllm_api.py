@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,29 @@ def test_chat_takes_openais_messages(demo: LLM) -> None:
     assert output.outputs[0].text == rest
 
 
+def test_a_continued_message_may_merge_with_the_template(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Where two newlines are one token, as Qwen2's tokenizer has it, the template's goes."""
+    for file in tiny_checkpoint.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["ĊĊ"] = vocab.pop(max(vocab, key=lambda word: (word.startswith("Ġw"), vocab[word])))
+    tokenizer["model"]["merges"].append(["Ċ", "Ċ"])
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    turns = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "\nA"}]
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    with LLM(tmp_path, device="cpu", max_model_len=64) as llm:
+        (output,) = llm.chat(turns, greedy(max_tokens=1), **options)
+        assert output.prompt is not None
+        assert output.prompt.endswith("assistant\n\nA")
+        expected = llm.engine.prepare(output.prompt, raw=True)
+    assert output.prompt_token_ids == expected.input_ids.tolist()
+    assert vocab["ĊĊ"] in output.prompt_token_ids
+
+
 def test_local_files_need_a_directory(demo: LLM, tmp_path: Path) -> None:
     url = (SAMPLES / "shapes.png").as_uri()
     chat = [{"role": "user", "content": [{"type": "image_url", "image_url": url}, "What?"]}]
@@ -248,7 +272,10 @@ def test_default_sampling_comes_from_the_checkpoint(tiny_checkpoint: Path, tmp_p
         {"hf_overrides": {"x": 1}},
         {"generation_config": "other"},
         {"mm_processor_kwargs": {"num_crops": 4}},
+        {"mm_processor_kwargs": "anyres"},
         {"limit_mm_per_prompt": {"image": "four"}},
+        {"limit_mm_per_prompt": 4},
+        {"max_num_seqs": "4"},
         {"max_model_length": 4},
     ],
 )
@@ -268,6 +295,8 @@ def test_other_refusals(demo: LLM) -> None:
         (PromptError, {"prompt": "x", "multi_modal_data": {"image": {"image_embeds": image}}}),
         (OptionError, {"prompt": "x", "mm_processor_kwargs": {"num_crops": 1}}),
         (PromptError, []),
+        (PromptError, [10**6]),
+        (PromptError, [[3, -5]]),
     ):
         with pytest.raises(error):
             demo.generate(prompt)
@@ -275,6 +304,8 @@ def test_other_refusals(demo: LLM) -> None:
         {"lora_request": object()},
         {"tokenization_kwargs": {"truncate_prompt_tokens": 3}},
         {"sampling_params": [greedy(), greedy()]},
+        {"sampling_params": ovfast.SamplingParams()},
+        {"sampling_params": {"temperature": 0.0}},
     ):
         with pytest.raises(OptionError):
             demo.generate("x", **options)
@@ -287,6 +318,9 @@ def test_other_refusals(demo: LLM) -> None:
     ):
         with pytest.raises(OptionError):
             demo.chat(chat, **options)
+    for messages in ([], {"role": "user", "content": "x"}, None):
+        with pytest.raises(PromptError):
+            demo.chat(messages)
     with pytest.raises(CheckpointError):
         LLM("/nowhere/at/all")
 

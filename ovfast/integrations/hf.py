@@ -20,7 +20,7 @@ from torch import Tensor
 from ovfast.engine import Engine
 from ovfast.errors import BackendError, ConfigError, OptionError
 from ovfast.integrations import hf_tensors
-from ovfast.integrations.arguments import refuse_unknown
+from ovfast.integrations.arguments import refuse_given, refuse_unknown
 from ovfast.integrations.hf_loading import import_transformers, load_pretrained
 from ovfast.integrations.hf_options import FORWARD_INPUTS, Generation, plan_generation
 from ovfast.integrations.hf_outputs import greedy_scores, joined, prompt_logits, step_logits
@@ -177,7 +177,8 @@ class OVFastForConditionalGeneration:
         Raises:
             OVFastError: see `ovfast.errors`; OptionError for what is not supported.
         """
-        _refuse_present(
+        refuse_given(
+            "ovfast chooses tokens by itself; stopping_criteria and streamer are supported.",
             logits_processor=logits_processor,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             synced_gpus=synced_gpus,
@@ -212,7 +213,7 @@ class OVFastForConditionalGeneration:
 
         Args:
             logits_to_keep: how many of the last positions, 0 for all, or a tensor of positions.
-            **kwargs: the processor's tensors; use_cache, return_dict have no effect.
+            **kwargs: the processor's tensors; use_cache has no effect, return_dict may be True.
 
         Returns:
             A CausalLMOutputWithPast with `logits`, (batch, positions, vocab_size) float32; 0 at
@@ -221,16 +222,24 @@ class OVFastForConditionalGeneration:
         Raises:
             OVFastError: see `ovfast.errors`; OptionError for labels, embeddings and caches.
         """
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("use_cache", "return_dict")}
+        kwargs.pop("use_cache", None)
+        if kwargs.pop("return_dict", None) is False:
+            raise OptionError("return_dict=False; expected True. Take `.logits` of what returns.")
         tensors, options = self._split(kwargs)
         refuse_unknown(_present(options), (), "forward")
         rows = hf_tensors.prompt_rows(tensors.get("input_ids"), tensors.get("attention_mask"), None)
         prompts = self._requests(tensors, rows)
-        wanted = list(range(tensors["input_ids"].shape[1]))
-        if isinstance(logits_to_keep, Tensor):
-            wanted = [wanted[position] for position in logits_to_keep.tolist()]
-        elif logits_to_keep:
-            wanted = wanted[-logits_to_keep:]
+        positions = range(tensors["input_ids"].shape[1])
+        try:
+            if isinstance(logits_to_keep, Tensor):
+                wanted = [positions[each] for each in logits_to_keep.tolist()]
+            else:
+                wanted = list(positions[-logits_to_keep:])
+        except (IndexError, TypeError) as error:
+            raise OptionError(
+                f"logits_to_keep={logits_to_keep!r:.100} of {len(positions)} positions; expected a"
+                " number of them, or a tensor of some."
+            ) from error
         logits = prompt_logits(self.engine, prompts, [row.first for row in rows], wanted)
         return self._transformers.modeling_outputs.CausalLMOutputWithPast(logits=logits)
 
@@ -246,6 +255,12 @@ class OVFastForConditionalGeneration:
         """Checks options of `generate` against generation configs; `tokenizer` is one of them."""
         options = dict(options)
         tokenizer = options.pop("tokenizer", None)
+        config = self._transformers.GenerationConfig
+        if not isinstance(generation_config, config | None):
+            raise OptionError(
+                f"generation_config={generation_config!r:.100}; expected a GenerationConfig. Pass"
+                " single options as arguments."
+            )
         given = {} if generation_config is None else vars(generation_config)
         return plan_generation(
             self._transformers,
@@ -362,7 +377,8 @@ def pipeline(task: str = TASK, model: Any = "demo", **kwargs: Any) -> Pipeline:
     Args:
         task: "image-text-to-text".
         model: an OVFastForConditionalGeneration, or what its from_pretrained takes.
-        **kwargs: of from_pretrained, where the model is loaded here; `device` is its device_map.
+        **kwargs: of from_pretrained, where the model is loaded here; `device` is its device_map,
+            -1 is the CPU.
 
     Raises:
         OptionError: another task.
@@ -373,18 +389,9 @@ def pipeline(task: str = TASK, model: Any = "demo", **kwargs: Any) -> Pipeline:
         refuse_unknown(kwargs, (), "pipeline with a loaded model")
         return Pipeline(model)
     if "device" in kwargs:
-        kwargs["device_map"] = kwargs.pop("device")
+        device = kwargs.pop("device")
+        kwargs["device_map"] = "cpu" if device == -1 else device
     return Pipeline(OVFastForConditionalGeneration.from_pretrained(model, **kwargs))
-
-
-def _refuse_present(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value is None or value is False or (isinstance(value, list) and not value):
-            continue
-        raise OptionError(
-            f"{name}={value!r:.100} is not supported: ovfast chooses tokens by itself. Leave it"
-            " out; stopping_criteria and streamer are supported."
-        )
 
 
 def _present(kwargs: Mapping[str, Any]) -> dict[str, Any]:

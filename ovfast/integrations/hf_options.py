@@ -4,6 +4,7 @@ Defaults come from where transformers takes them: arguments first, then a genera
 then the model's own, then its global ones (20 new tokens; top_k of 50 when sampling).
 """
 
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -147,9 +148,9 @@ def plan_generation(
     _refuse_unsupported(merged)
     _check_suppressed(merged.get("suppress_tokens"), never_generated)
     eos = _ids("eos_token_id", merged.get("eos_token_id"))
-    pad = merged.get("pad_token_id")
+    pad = _integer(merged, "pad_token_id", 0, eos[0] if eos else None)
     sampled = bool(merged.get("do_sample"))
-    count = merged.get("num_return_sequences") or 1
+    count = _integer(merged, "num_return_sequences", 1, 1)
     if not sampled and count != 1:
         raise OptionError(
             f"num_return_sequences={count} without do_sample; greedy answers would all be the same."
@@ -169,7 +170,7 @@ def plan_generation(
     generation = Generation(
         options,
         eos,
-        (eos[0] if eos else None) if pad is None else int(pad),
+        pad,
         count,
         _criteria(transformers, merged, tokenizer, stopping_criteria),
         bool(merged.get("return_dict_in_generate")),
@@ -202,7 +203,7 @@ def _refuse_unsupported(merged: Mapping[str, Any]) -> None:
 
 
 def _check_suppressed(tokens: Any, never_generated: Collection[int]) -> None:
-    wanted = set(tokens or ()) - set(never_generated)
+    wanted = set(_ids("suppress_tokens", tokens)) - set(never_generated)
     if wanted:
         raise OptionError(
             f"suppress_tokens with {sorted(wanted)[:5]}; ovfast suppresses only what it never"
@@ -213,35 +214,39 @@ def _check_suppressed(tokens: Any, never_generated: Collection[int]) -> None:
 def _ids(name: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, torch.Tensor):
         value = value.tolist()
-    values = [value] if isinstance(value, int) else list(value or ())
+    values = [] if value is None else value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(each, int) and each >= 0 for each in values):
         raise OptionError(f"{name}={value!r:.100}; expected a token id or a list of token ids.")
     return tuple(dict.fromkeys(values))
 
 
+def _integer(merged: Mapping[str, Any], name: str, low: int, default: int | None) -> Any:
+    value = merged.get(name)
+    if value is None:
+        return default
+    try:
+        number = operator.index(value)  # of NumPy and torch too
+    except TypeError:
+        number = low - 1
+    if number < low:
+        raise OptionError(f"{name}={value!r:.100}; expected an integer of at least {low}.")
+    return number
+
+
 def _new_tokens(merged: Mapping[str, Any], prompt_length: int) -> int:
-    if merged.get("max_new_tokens") is not None:
-        return int(merged["max_new_tokens"])
-    if merged.get("max_length") is None:
-        return DEFAULT_NEW_TOKENS
-    room = int(merged["max_length"]) - prompt_length
-    if room < 1:
-        raise OptionError(
-            f"max_length={merged['max_length']} for prompts of {prompt_length} tokens; expected"
-            " more than that. Pass max_new_tokens."
-        )
-    return room
+    if merged.get("max_new_tokens") is None and merged.get("max_length") is not None:
+        return int(_integer(merged, "max_length", prompt_length + 1, 0)) - prompt_length
+    return int(_integer(merged, "max_new_tokens", 1, DEFAULT_NEW_TOKENS))
 
 
 def _min_tokens(merged: Mapping[str, Any], prompt_length: int) -> int:
-    if merged.get("min_new_tokens") is not None:
-        return int(merged["min_new_tokens"])
-    return max(0, int(merged.get("min_length") or 0) - prompt_length)
+    least = max(0, _integer(merged, "min_length", 0, 0) - prompt_length)
+    return int(_integer(merged, "min_new_tokens", 0, least))
 
 
 def _sampled(merged: Mapping[str, Any]) -> dict[str, Any]:
     temperature = merged.get("temperature")
-    if temperature is not None and not temperature > 0:
+    if temperature == 0:
         raise OptionError(
             f"temperature={temperature!r} with do_sample=True; expected a number above 0. For the"
             " most likely tokens pass do_sample=False."
@@ -257,7 +262,9 @@ def _sampled(merged: Mapping[str, Any]) -> dict[str, Any]:
 def _criteria(
     transformers: Any, merged: Mapping[str, Any], tokenizer: Any, given: Any
 ) -> tuple[Criterion, ...]:
-    criteria = [given] if callable(given) and not isinstance(given, list) else list(given or ())
+    criteria = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    if not all(map(callable, criteria)):
+        raise OptionError(f"stopping_criteria={given!r:.100}; expected a callable or several.")
     if merged.get("max_time") is not None:
         criteria.append(transformers.MaxTimeCriteria(max_time=merged["max_time"]))
     if merged.get("stop_strings") is not None:

@@ -55,7 +55,8 @@ def prompt_rows(input_ids: object, attention_mask: object, pad_token_id: int | N
     Raises:
         OptionError: tensors of another shape, or a mask with holes.
     """
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+    right = isinstance(input_ids, Tensor) and input_ids.ndim == 2 and len(input_ids) > 0
+    if not isinstance(input_ids, Tensor) or not right or input_ids.is_floating_point():
         raise OptionError(
             f"input_ids={_shape(input_ids)}; expected an integer tensor (batch, length). Call the"
             " processor with return_tensors='pt'."
@@ -209,7 +210,7 @@ def image_plans(config: ModelConfig, image_sizes: Any, batch_num_images: Any) ->
     counts = [1] * len(sizes)
     if batch_num_images is not None:
         counts = [row[0] for row in _integers("batch_num_images", batch_num_images, 1)]
-        if sum(counts) != len(sizes):
+        if sum(counts) != len(sizes) or min(counts) < 0:
             raise OptionError(
                 f"batch_num_images={counts} for {len(sizes)} pictures; expected their sum to be"
                 " the number of pictures. Pass the processor's."

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ovfast import BackendError, ConfigError, MediaError, OptionError
+from ovfast import BackendError, ConfigError, MediaError, OptionError, PromptError
 from ovfast.integrations.hf import OVFastForConditionalGeneration
 from ovfast.integrations.hf_options import HONOURED, NEUTRAL, NO_EFFECT
 from ovfast.integrations.hf_tensors import prompt_rows, recover_bytes, requests
@@ -59,6 +59,17 @@ REFUSED: list[dict[str, Any]] = [
     {"vision_feature_layer": -2},
     {"vision_aspect_ratio": "anyres_max_4"},
     {"num_return_sequences": 2},
+    {"num_return_sequences": 0, "do_sample": True},
+    {"num_return_sequences": "2", "do_sample": True},
+    {"do_sample": True, "temperature": "hot"},
+    {"max_new_tokens": 2.5},
+    {"min_new_tokens": "2"},
+    {"min_length": "2"},
+    {"max_length": "9"},
+    {"pad_token_id": "x"},
+    {"suppress_tokens": 5},
+    {"generation_config": {"max_new_tokens": 3}},
+    {"stopping_criteria": 5},
     {"do_sample": True, "temperature": 0.0},
     {"return_dict_in_generate": True, "output_scores": True, "repetition_penalty": 1.2},
     {"stop_strings": ["x"]},
@@ -67,6 +78,22 @@ REFUSED: list[dict[str, Any]] = [
     {"eos_token_id": "x"},
     {"inputs": IDS["input_ids"]},
 ]
+
+
+def test_ids_beyond_the_vocabulary_are_refused(model: OVFastForConditionalGeneration) -> None:
+    for wrong in (10**6, -200):
+        with pytest.raises(PromptError, match="0 to"):
+            model.generate(torch.tensor([[40, wrong]]), max_new_tokens=3)
+
+
+def test_wrong_arguments_of_forward(model: OVFastForConditionalGeneration) -> None:
+    for options in (
+        {"return_dict": False},
+        {"logits_to_keep": "x"},
+        {"logits_to_keep": torch.tensor([7])},
+    ):
+        with pytest.raises(OptionError):
+            model(**IDS, **options)
 
 
 @pytest.mark.parametrize("options", REFUSED, ids=lambda options: next(iter(options)))
@@ -198,8 +225,9 @@ def test_masks_with_holes_are_refused() -> None:
         prompt_rows(ids, torch.zeros(1, 4), None)
     with pytest.raises(OptionError, match="same shape"):
         prompt_rows(ids, torch.ones(1, 3), None)
-    with pytest.raises(OptionError, match="return_tensors='pt'"):
-        prompt_rows([[1, 2]], None, None)
+    for wrong in ([[1, 2]], ids[0], ids[:0], ids.float()):
+        with pytest.raises(OptionError, match="return_tensors='pt'"):
+            prompt_rows(wrong, None, None)
     (row,) = prompt_rows(ids, torch.tensor([[False, True, True, False]]), None)
     assert (row.first, row.ids.tolist()) == (1, [1, 2])
 
@@ -219,6 +247,11 @@ def test_masks_with_holes_are_refused() -> None:
             "pixel_values": -torch.ones(1, 2, 3, 84, 84),
             "image_sizes": [[20, 30]],
             "batch_num_images": [2],
+        },
+        {
+            "pixel_values": -torch.ones(1, 2, 3, 84, 84),
+            "image_sizes": [[20, 30]],
+            "batch_num_images": [-1, 2],
         },
         {"pixel_values_videos": torch.zeros(2, 3, 84, 84)},
         {"pixel_values_videos": torch.zeros(1, 2, 3, 56, 56)},

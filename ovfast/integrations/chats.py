@@ -12,7 +12,13 @@ from ovfast.engine import Engine
 from ovfast.errors import PromptError
 from ovfast.model_inputs import ModelInputs
 
-__all__ = ["prepare_chat", "prompt_text"]
+__all__ = ["is_chat", "prepare_chat", "prompt_text"]
+
+
+def is_chat(value: Any) -> bool:
+    """Whether it is one chat: messages as dicts, whatever is in them."""
+    is_list = isinstance(value, list | tuple) and len(value) > 0
+    return is_list and all(isinstance(message, dict) for message in value)
 
 
 def prepare_chat(

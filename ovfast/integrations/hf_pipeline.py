@@ -15,7 +15,7 @@ from ovfast.anyres import VisualOptions
 from ovfast.engine import Engine
 from ovfast.errors import OptionError, PromptError
 from ovfast.integrations.arguments import refuse_unknown
-from ovfast.integrations.chats import prepare_chat
+from ovfast.integrations.chats import is_chat, prepare_chat
 from ovfast.integrations.hf_options import Generation
 from ovfast.model_inputs import ModelInputs
 
@@ -90,11 +90,17 @@ class Pipeline:
             raise OptionError("return_full_text with return_tensors; they exclude each other.")
         if text is None:
             images, text = None, images
-        if _is_chat(text) and images is not None:
+        several = isinstance(text, list | tuple) and not is_chat(text)
+        items = list(text) if several else [text]
+        are_chats = all(map(is_chat, items))
+        if not items or not (are_chats or all(isinstance(each, str) for each in items)):
+            raise PromptError(
+                f"text={text!r:.100}; expected a prompt, a chat, or a list of either. With images="
+                " alone there is nothing to answer."
+            )
+        if are_chats and images is not None:
             raise PromptError("a chat with images=; expected pictures in its messages' content.")
         options = self._options(max_new_tokens, generate_kwargs, stop_sequence)
-        several = isinstance(text, list | tuple) and not _is_message(text[0])
-        items = list(text) if several else [text]
         prompts = self._prompts(items, images, continue_final_message)
         records = self._records(
             items, prompts, options, bool(return_tensors), return_full_text, continue_final_message
@@ -119,9 +125,7 @@ class Pipeline:
         if not any((*lengths, config.max_new_tokens, config.max_length)):
             options["max_new_tokens"] = DEFAULT_NEW_TOKENS
         if stop_sequence is not None:
-            options["stop_strings"] = (
-                [stop_sequence] if isinstance(stop_sequence, str) else list(stop_sequence)
-            )
+            options["stop_strings"] = stop_sequence
         if options.get("stop_strings") is not None:
             options.setdefault("tokenizer", self.model.tokenizer)
         return options
@@ -130,7 +134,7 @@ class Pipeline:
         self, items: list[Any], images: Any, continue_final_message: bool | None
     ) -> list[ModelInputs]:
         engine = self.model.engine
-        if _is_chat(items[0]):
+        if is_chat(items[0]):
             return [self._chat(chat, continue_final_message) for chat in items]
         flat: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
         if images is None:
@@ -144,7 +148,7 @@ class Pipeline:
         rest = flat
         prompts = []
         for text in items:
-            count = text.count("<image>") if isinstance(text, str) else 0
+            count = text.count("<image>")
             own, rest = rest[:count], rest[count:]
             prompts.append(engine.prepare(text, images=own, visual=ANYRES, raw=True))
         if rest:
@@ -170,6 +174,8 @@ class Pipeline:
     ) -> list[list[dict[str, Any]]]:
         longest = max(prompt.num_tokens for prompt in prompts)
         plan = self.model.plan(options, longest)
+        if plan.return_dict:
+            raise OptionError("return_dict_in_generate of a pipeline; call generate() for it.")
         count = plan.num_return_sequences
         repeated = [prompt for prompt in prompts for _ in range(count)]
         ids = [torch.from_numpy(prompt.input_ids) for prompt in repeated]
@@ -217,21 +223,9 @@ def _continues(messages: Sequence[Any], continue_final_message: bool | None) -> 
     return continue_final_message
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_chat(value: Any) -> bool:
-    if not isinstance(value, list | tuple) or not value:
-        return False
-    return _is_message(value[0]) or (
-        isinstance(value[0], list | tuple) and bool(value[0]) and _is_message(value[0][0])
-    )
-
-
-def _message(message: Any) -> Any:
+def _message(message: dict[str, Any]) -> dict[str, Any]:
     """A message with base64 pictures as data URIs; everything else is for the engine to check."""
-    content = message.get("content") if isinstance(message, dict) else None
+    content = message.get("content")
     if not isinstance(content, list | tuple):
         return message
     parts = []

@@ -6,7 +6,7 @@ too, as the original code does; transformers' video processor differs by a level
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ from ovfast.config import ModelConfig
 from ovfast.errors import OptionError, PromptError
 from ovfast.image import build_video_views, build_views
 from ovfast.integrations.arguments import refuse_unknown
+from ovfast.integrations.chats import is_chat
 from ovfast.integrations.hf_loading import import_transformers
 from ovfast.integrations.hf_tensors import ANYRES, image_plans, normalise
 from ovfast.media import MediaLimits, load_image, load_video
@@ -114,10 +115,11 @@ class OVFastProcessor:
         """
         refuse_unknown(kwargs, (), "the processor")
         texts = [text] if isinstance(text, str) else text
-        if return_tensors != "pt" or not isinstance(texts, list | tuple):
+        known = isinstance(texts, list | tuple) and all(isinstance(each, str) for each in texts)
+        if return_tensors != "pt" or not known or not texts:
             raise OptionError(
-                f"return_tensors={return_tensors!r} and text of type {type(text).__name__};"
-                " expected 'pt', and a text or a list of texts."
+                f"return_tensors={return_tensors!r} and text={text!r:.100}; expected 'pt', and a"
+                " text or a list of texts."
             )
         data, image_tokens = self._pictures(images)
         clips, video_tokens = self._clips(videos, num_frames, fps)
@@ -135,6 +137,7 @@ class OVFastProcessor:
         tokenize: bool = False,
         return_dict: bool = False,
         return_tensors: str | None = "pt",
+        processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """A chat, or a list of chats, as the checkpoint's template writes it.
@@ -147,7 +150,8 @@ class OVFastProcessor:
             tokenize: tensors instead of text.
             return_dict: all tensors; otherwise input_ids alone.
             return_tensors: "pt".
-            **kwargs: padding, num_frames, fps of a call.
+            processor_kwargs: padding, num_frames, fps of a call.
+            **kwargs: these too.
 
         Returns:
             A str, or a list of them for a list of chats; or tensors.
@@ -155,10 +159,16 @@ class OVFastProcessor:
         Raises:
             OVFastError: see `ovfast.errors`.
         """
+        kwargs |= processor_kwargs or {}
         if self.chat_template is None:
             raise PromptError("the checkpoint has no chat template; write the prompt yourself.")
-        several = isinstance(conversation[0], list | tuple)
+        several = isinstance(conversation, list | tuple) and not is_chat(conversation)
         chats = list(conversation) if several else [conversation]
+        if not chats or not all(map(is_chat, chats)):
+            raise PromptError(
+                f"conversation={conversation!r:.100}; expected messages as dicts, or a list of"
+                " chats."
+            )
         texts = [
             self.tokenizer.apply_chat_template(
                 list(chat),
@@ -258,9 +268,9 @@ def _sources(chat: Any, kind: str) -> list[Any]:
     """Sources of a kind in a chat's parts, in order."""
     found = []
     for message in chat:
-        content = message["content"]
+        content = message.get("content")
         for part in content if isinstance(content, list | tuple) else ():
-            if part.get("type") != kind:
+            if not isinstance(part, dict) or part.get("type") != kind:
                 continue
             keys = [key for key in SOURCE_KEYS if key in part]
             if len(keys) != 1:

@@ -110,6 +110,7 @@ def test_several_answers_a_prompt(pipes: Pipes) -> None:
         (OptionError, {"return_tensors": True, "return_full_text": False}),
         (OptionError, {"skip_special_tokens": False}),
         (OptionError, {"generate_kwargs": {"num_beams": 2}}),
+        (OptionError, {"generate_kwargs": {"return_dict_in_generate": True}}),
         (PromptError, {"images": PHOTOS[0]}),
         (PromptError, {"continue_final_message": True}),
     ],
@@ -124,6 +125,15 @@ def test_refused_tasks_and_urls(pipes: Pipes) -> None:
         hf.pipeline("text-generation")
     with pytest.raises(OptionError, match="device"):
         hf.pipeline(model=pipes.ours.model, device="cpu")
+    for text in (None, [], 5, [chat("What?"), "What?"], ["What?", chat("What?")], [chat("a"), []]):
+        with pytest.raises(PromptError):
+            pipes.ours(text=text)
+    for content in (None, [], ["A"]):
+        last = {"role": "assistant", "content": content}
+        with pytest.raises(PromptError):
+            pipes.ours(text=[*chat("What?"), last])
+    with pytest.raises(PromptError):
+        pipes.ours(text=[{"role": "assistant"}])
     content = [{"type": "image", "url": "http://example.org/a.png"}]
     with pytest.raises(MediaError, match="is a URL"):
         pipes.ours(text=[{"role": "user", "content": content}])

@@ -71,9 +71,10 @@ def test_chats(ours: OVFastProcessor, theirs: Any, chat: Any) -> None:
     options["continue_final_message"] = chat is STARTED
     assert ours.apply_chat_template(chat, **options) == theirs.apply_chat_template(chat, **options)
     options |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    options["processor_kwargs"] = {"padding": isinstance(chat[0], list)}
     mine = ours.apply_chat_template(chat, **options)
-    padding = {"processor_kwargs": {"padding": True}} if isinstance(chat[0], list) else {}
-    assert_equal(mine, theirs.apply_chat_template(chat, **options, **padding))
+    assert_equal(mine, theirs.apply_chat_template(chat, **options))
+    del options["processor_kwargs"]
     options["return_dict"] = False
     assert torch.equal(ours.apply_chat_template(chat, **options), mine["input_ids"])
 
@@ -112,6 +113,8 @@ def test_refusals(ours: OVFastProcessor) -> None:
         (OptionError, {"text": "What?", "return_tensors": "np"}),
         (OptionError, {"text": None, "images": PHOTOS[0]}),
         (OptionError, {"text": "What?", "do_resize": False}),
+        (OptionError, {"text": []}),
+        (OptionError, {"text": ["What?", 5]}),
         (OptionError, {"text": "<video><video>", "videos": [clip(2), clip(3)]}),
         (MediaError, {"text": "<image>", "images": np.zeros((4, 4))}),
         (MediaError, {"text": "<image>", "images": "http://a.b/c.png"}),
@@ -120,6 +123,9 @@ def test_refusals(ours: OVFastProcessor) -> None:
             ours(**arguments)
     with pytest.raises(OptionError, match="trust"):
         OVFastProcessor.from_pretrained("demo", trust_remote_cod=True)
+    for chat in ([], "Hi", [CHAT, []], [3]):
+        with pytest.raises(PromptError, match="messages as dicts"):
+            ours.apply_chat_template(chat)
     part = {"type": "image", "image": PHOTOS[0], "url": "x"}
     with pytest.raises(PromptError, match="one source"):
         ours.apply_chat_template([{"role": "user", "content": [part]}], tokenize=True)

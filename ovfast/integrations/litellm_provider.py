@@ -62,6 +62,7 @@ class Call(NamedTuple):
     inputs: ModelInputs
     params: list[SamplingParams]
     deadline: float | None  # of time.monotonic
+    cancelled: threading.Event  # nobody waits for the answer any more
 
 
 class OVFastLLM(litellm.CustomLLM):  # type: ignore[misc]
@@ -93,7 +94,9 @@ class OVFastLLM(litellm.CustomLLM):  # type: ignore[misc]
                 engine.close()
             self._engines.clear()
 
-    def completion(self, *args: Any, **kwargs: Any) -> Any:
+    def completion(
+        self, *args: Any, cancelled: threading.Event | None = None, **kwargs: Any
+    ) -> Any:
         """LiteLLM's call; arguments as CustomLLM.completion.
 
         Raises:
@@ -102,13 +105,18 @@ class OVFastLLM(litellm.CustomLLM):  # type: ignore[misc]
         """
         del args
         with _mapped(kwargs["model"]):
-            call = self._call(kwargs)
+            call = self._call(kwargs, cancelled)
             outputs = [_collect(call, params) for params in call.params]
         return _response(call, outputs, kwargs["model_response"])
 
     async def acompletion(self, *args: Any, **kwargs: Any) -> Any:
-        """`completion` in a thread."""
-        return await asyncio.to_thread(partial(self.completion, *args, **kwargs))
+        """`completion` in a thread, which ends at its next token once this is cancelled."""
+        cancelled = threading.Event()
+        try:
+            run = partial(self.completion, *args, cancelled=cancelled, **kwargs)
+            return await asyncio.to_thread(run)
+        finally:
+            cancelled.set()
 
     def streaming(self, *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
         """LiteLLM's generic chunks, one a token; arguments as CustomLLM.streaming.
@@ -142,7 +150,7 @@ class OVFastLLM(litellm.CustomLLM):  # type: ignore[misc]
             pool.submit(getattr(chunks, "close", int))
             pool.shutdown(wait=False)
 
-    def _call(self, kwargs: Mapping[str, Any]) -> Call:
+    def _call(self, kwargs: Mapping[str, Any], cancelled: threading.Event | None = None) -> Call:
         options = parse_options(_parameters(kwargs))
         messages = parse_messages(kwargs["messages"], allowed_path=self._media_path)
         engine = self._engine_of(kwargs["model"])
@@ -158,6 +166,7 @@ class OVFastLLM(litellm.CustomLLM):  # type: ignore[misc]
             inputs,
             options.seeded(secrets.randbits(63)),
             _deadline(kwargs.get("timeout")),
+            cancelled or threading.Event(),
         )
 
     def _engine_of(self, model: str) -> Engine:
@@ -216,13 +225,13 @@ def _deadline(timeout: Any) -> float | None:
 
 
 def _steps(call: Call, params: SamplingParams) -> Iterator[StreamChunk]:
-    """Chunks of one answer, until the deadline."""
+    """Chunks of one answer, until the deadline or the end of who waits for it."""
     chunks = call.engine.stream(call.inputs, sampling=params)
     try:
         for chunk in chunks:
             yield chunk
             late = call.deadline is not None and time.monotonic() > call.deadline
-            if late and chunk.output is None:
+            if (late or call.cancelled.is_set()) and chunk.output is None:
                 raise litellm.Timeout(
                     "the answer was not complete in time; raise timeout, or lower max_tokens.",
                     model=call.model,

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,14 @@ def test_astreaming(expected: ovfast.GenerationOutput) -> None:
     assert asyncio.run(two()) == [expected.text] * 2
 
 
+def wait_for_slots(engine: ovfast.Engine, number: int) -> None:
+    for _ in range(200):  # the step under way ends first
+        if engine._scheduler.num_free_slots == number:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{engine._scheduler.num_free_slots} slots are free")
+
+
 def test_a_dropped_stream_frees_its_slot(engine: ovfast.Engine) -> None:
     from ovfast.integrations import litellm_provider
 
@@ -135,11 +144,25 @@ def test_a_dropped_stream_frees_its_slot(engine: ovfast.Engine) -> None:
     chunks = handler.streaming(**given)
     next(chunks)
     chunks.close()
-    for _ in range(200):  # the step under way ends first
-        if engine._scheduler.num_free_slots == 4:
-            break
-        asyncio.run(asyncio.sleep(0.02))
-    assert engine._scheduler.num_free_slots == 4
+    wait_for_slots(engine, 4)
+
+
+def test_a_cancelled_call_frees_its_slot(engine: ovfast.Engine) -> None:
+    async def run() -> None:
+        call = litellm.acompletion(
+            "ovfast/demo", messages=SHAPES["object"], extra_body={"ignore_eos": True}, n=50
+        )
+        task = asyncio.create_task(call)
+        while engine._scheduler.num_free_slots == 4:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    started = time.monotonic()
+    asyncio.run(run())  # waits for its threads
+    wait_for_slots(engine, 4)
+    assert time.monotonic() - started < 5  # 50 answers of 900 tokens take more than 30 s
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
@@ -202,6 +225,8 @@ def test_a_conversation_and_its_continuation(engine: ovfast.Engine) -> None:
 
 
 ERRORS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "brackets": ("BadRequestError", user({"type": "image_url", "image_url": "http://[a"}), {}),
+    "kwargs": ("BadRequestError", None, {"extra_body": {"mm_processor_kwargs": "anyres"}}),
     "url": ("BadRequestError", user({"type": "image_url", "image_url": "http://a.b/c.png"}), {}),
     "path": ("BadRequestError", user({"type": "image_url", "image_url": "/etc/passwd"}), {}),
     "broken": ("BadRequestError", user({"type": "image_url", "image_url": "data:,x"}), {}),

@@ -38,9 +38,10 @@ def pipes(tiny_checkpoint: Path) -> Iterator[Pipes]:
     ours = hf.pipeline(
         "image-text-to-text", tiny_checkpoint, device="cpu", dtype="float32", max_seq_len=2048
     )
+    processor = hf_processor.load_processor(tiny_checkpoint)
+    processor.tokenizer.padding_side = "left"  # on the right its answers would go on from padding
     theirs = transformers.ImageTextToTextPipeline(
-        model=hf_processor.load_model(tiny_checkpoint),
-        processor=hf_processor.load_processor(tiny_checkpoint),
+        model=hf_processor.load_model(tiny_checkpoint), processor=processor
     )
     yield Pipes(ours, theirs, ours.model.engine._processor.forbidden_ids.tolist())
     ours.model.engine.close()

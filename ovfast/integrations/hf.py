@@ -113,6 +113,8 @@ class OVFastForConditionalGeneration:
             BackendError: another device or dtype than the one loaded.
         """
         for wanted in (*args, *kwargs.values()):
+            if wanted is None or isinstance(wanted, bool):  # non_blocking, copy
+                continue
             if isinstance(wanted, torch.dtype):
                 if wanted not in (self.dtype, DTYPES.get(self.engine.storage)):
                     raise BackendError(
@@ -344,14 +346,9 @@ class OVFastForConditionalGeneration:
     def _requests(
         self, tensors: Mapping[str, Any], rows: Sequence[hf_tensors.Row]
     ) -> list[ModelInputs]:
-        return hf_tensors.requests(
-            rows,
-            self.engine.config,
-            pixel_values=tensors.get("pixel_values"),
-            image_sizes=tensors.get("image_sizes"),
-            batch_num_images=tensors.get("batch_num_images"),
-            pixel_values_videos=tensors.get("pixel_values_videos"),
-        )
+        names = ("pixel_values", "image_sizes", "batch_num_images", "pixel_values_videos")
+        given = {name: tensors.get(name) for name in names}
+        return hf_tensors.requests(rows, self.engine.config, **given)
 
     def _output(
         self,

@@ -169,6 +169,7 @@ def test_the_original_layout_is_refused(random_checkpoint: Any) -> None:
 
 def test_moving_raises_where_it_would_move(model: OVFastForConditionalGeneration) -> None:
     assert model.to(device="cpu") is model
+    assert model.to("cpu", None, non_blocking=True) is model
     with pytest.raises(BackendError, match="device_map"):
         model.to("cuda:0")
     with pytest.raises(BackendError, match="dtype"):

@@ -80,7 +80,18 @@ def pair(tiny_checkpoint: Path) -> Iterator[Pair]:
     ours.close()
 
 
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text",
+        "flat_two",
+        "nested_text",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("single", "flat", "nested", "nested_adjacent")
+        ),
+    ],
+)
 def test_batches_of_every_nesting(pair: Pair, name: str) -> None:
     ours, theirs = pair.both(pair.inputs(name))
     assert ours.dtype == torch.int64
@@ -102,7 +113,7 @@ def test_options(pair: Pair, name: str, options: str) -> None:
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("options", ["min_tokens", "half_eos", "penalty"])
+@pytest.mark.parametrize("options", ["min_tokens", "penalty"])
 def test_options_of_one_prompt(pair: Pair, options: str) -> None:
     ours, theirs = pair.both(pair.inputs("single"), **OPTIONS[options])
     assert torch.equal(ours, theirs)
@@ -166,7 +177,9 @@ def test_random_batches(pair: Pair, seed: int) -> None:
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_pixel_values_of_half_precision(pair: Pair, dtype: torch.dtype) -> None:
     """As `inputs.to(device, dtype)` makes them; the bytes behind them are the same."""
     inputs = pair.inputs("flat")
@@ -282,8 +295,9 @@ def test_logits_and_scores_of_each_step(pair: Pair) -> None:
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=2e-3)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("keep", [0, 3, torch.tensor([0, 170, -1])])
+@pytest.mark.parametrize(
+    ("keep", "side"), [(0, "right"), (3, "left"), (torch.tensor([0, 170, -1]), "left")]
+)
 def test_logits_of_prompts(pair: Pair, side: str, keep: Any) -> None:
     inputs = pair.inputs("nested", side)
     ours = pair.ours(**inputs, logits_to_keep=keep).logits

@@ -31,7 +31,7 @@ LAYERS = (
     ("image", "media", "sampling", "kv_cache", "quantize", "roofline"),
     ("outputs", "tensor_names", "explain_draw", "chat", "pixels", "device_sampling"),
     ("decode_rows",),
-    ("weight_files", "chat_template", "text_tokenizer", "model_inputs"),
+    ("weight_files", "chat_template", "text_tokenizer", "model_inputs", "media_sources"),
     ("models",),
     ("checkpoint", "processor", "runner"),
     ("packed_weights",),
@@ -40,6 +40,7 @@ LAYERS = (
     ("options", "request"),  # from here on what engine is made of
     ("scheduler",),
     ("scoring",),
+    ("engine_base",),
     ("engine",),
     ("loading",),
     ("conversion",),

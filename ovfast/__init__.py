@@ -5,6 +5,7 @@ images=...)``.
 from ovfast.anyres import VisualOptions
 from ovfast.api import generate, stream
 from ovfast.conversion import convert
+from ovfast.encoded_media import EncodedMedia
 from ovfast.engine import Engine
 from ovfast.errors import (
     BackendError,
@@ -31,6 +32,7 @@ __all__ = [
     "CapacityError",
     "CheckpointError",
     "ConfigError",
+    "EncodedMedia",
     "Engine",
     "Estimate",
     "GenerationOutput",

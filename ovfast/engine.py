@@ -14,10 +14,14 @@ import numpy as np
 import torch
 
 from ovfast.anyres import VisualOptions
+from ovfast.encoded_media import EncodedMedia
+from ovfast.encoding import encode_media
 from ovfast.engine_base import EngineBase
+from ovfast.media_sources import media_turn
 from ovfast.options import (
     batch_items,
     continuation_texts,
+    encode_options,
     make_sampling,
     token_positions,
     visual_options,
@@ -52,6 +56,7 @@ class Engine(EngineBase):
         *,
         images: Any = None,
         videos: Any = None,
+        media: Any = None,
         sampling: SamplingParams | None = None,
         visual: VisualOptions | None = None,
         system: str | None = None,
@@ -67,6 +72,8 @@ class Engine(EngineBase):
                 tensor (height, width, 3)); for a batch a list with one entry a prompt.
             videos: a video (path, bytes, (frames, height, width, 3) uint8 array, list of frames)
                 or a list of them; for a batch a list with one entry a prompt.
+            media: a handle of `encode` in place of images and videos; for a batch one for all, or a
+                list with one entry a prompt.
             sampling: how to sample; `sampling_kwargs` override its fields.
             visual: how pictures become tokens; default the engine's.
             system: a system message.
@@ -82,7 +89,7 @@ class Engine(EngineBase):
         """
         started = time.perf_counter()
         params = make_sampling(sampling, sampling_kwargs)
-        is_batch, items = batch_items(prompt, images, videos)
+        is_batch, items = batch_items(prompt, images, videos, media)
         laid_out = [self._inputs(item, visual, system, raw) for item in items]
         requests = [self._request(inputs, params, started) for inputs in laid_out]
         self._scheduler.run(requests)
@@ -95,6 +102,7 @@ class Engine(EngineBase):
         *,
         images: Any = None,
         videos: Any = None,
+        media: Any = None,
         sampling: SamplingParams | None = None,
         visual: VisualOptions | None = None,
         system: str | None = None,
@@ -113,7 +121,7 @@ class Engine(EngineBase):
         """
         started = time.perf_counter()
         params = make_sampling(sampling, sampling_kwargs)
-        inputs = self._one("stream", prompt, images, videos, visual, system, raw)
+        inputs = self._one("stream", prompt, images, videos, media, visual, system, raw)
         return self._scheduler.stream(self._request(inputs, params, started))
 
     def score(
@@ -123,6 +131,7 @@ class Engine(EngineBase):
         *,
         images: Any = None,
         videos: Any = None,
+        media: Any = None,
         include_terminator: bool = False,
         visual: VisualOptions | None = None,
         system: str | None = None,
@@ -135,6 +144,7 @@ class Engine(EngineBase):
             continuations: candidate answers; tokenised as they follow the prompt.
             images: as in `generate`.
             videos: as in `generate`.
+            media: as in `generate`.
             include_terminator: also score the end of the turn, `<|im_end|>` and a newline; the
                 mean then is the negative of lmms-eval's loss.
             visual: as in `generate`.
@@ -148,7 +158,7 @@ class Engine(EngineBase):
             OVFastError: see `ovfast.errors`.
         """
         texts = continuation_texts(continuations)
-        inputs = self._one("score", prompt, images, videos, visual, system, raw)
+        inputs = self._one("score", prompt, images, videos, media, visual, system, raw)
         self._check_capacity(inputs.num_tokens, 1)
         full = continuation_ids(
             self._processor,
@@ -157,8 +167,49 @@ class Engine(EngineBase):
             include_terminator=include_terminator,
             max_seq_len=self.max_seq_len,
         )
-        with self._scheduler.hold_slot() as slot:
+        with self._scheduler.hold_slot(inputs) as slot:
             return score_continuations(self._scheduler, slot, inputs, full)
+
+    def encode(
+        self,
+        prompt: Any = None,
+        *,
+        images: Any = None,
+        videos: Any = None,
+        keep: str = "features",
+        visual: VisualOptions | None = None,
+        system: str | None = None,
+        raw: bool = False,
+    ) -> EncodedMedia:
+        """Encodes pictures and videos once, for many questions.
+
+        A question over the handle equals one over the media. With keep="prefix" it also skips the
+        positions that it shares with the kept prompt, which `usage.cached_tokens` tells.
+
+        Args:
+            prompt: how questions will begin, as in `generate`: kept up to its last picture or
+                video. None is the media before any text, as a plain question has them.
+            images: as in `generate`.
+            videos: as in `generate`.
+            keep: "features", the visual rows; "prefix", also the keys and values of the prompt.
+            visual: as in `generate`.
+            system: as in `generate`; of a prefix only.
+            raw: as in `generate`.
+
+        Returns:
+            An EncodedMedia, which `generate`, `stream`, `score` and `prepare` take as
+            `media`. Release it, or use it in a `with`.
+
+        Raises:
+            CapacityError: handles would hold more than the engine's `encoded_memory_bytes`.
+            OVFastError: see `ovfast.errors`.
+        """
+        encode_options(keep, prompt, system, raw, images, videos)
+        if prompt is None:
+            prompt = media_turn(images, videos)
+        inputs = self._one("encode", prompt, images, videos, None, visual, system, raw)
+        self._check_capacity(inputs.num_tokens, 1)
+        return encode_media(self._scheduler, self._encoded, inputs, keep)
 
     def forward(
         self, inputs: ModelInputs, *, positions: Sequence[int] | None = None
@@ -181,7 +232,7 @@ class Engine(EngineBase):
         self._check_capacity(inputs.num_tokens, 0)
         wanted = token_positions(positions, inputs.num_tokens)
         logits = empty_logits(len(wanted), self._vocab_size, self.device)
-        with self._scheduler.hold_slot() as slot:
+        with self._scheduler.hold_slot(inputs) as slot:
             fill_logits(self._scheduler, slot, inputs, wanted, logits)
         return logits
 

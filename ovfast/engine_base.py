@@ -5,18 +5,21 @@ are `engine`.
 """
 
 import secrets
+import time
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from ovfast.anyres import VisualOptions
 from ovfast.cuda_graphs import GraphCache
+from ovfast.encoded_media import DEFAULT_ENCODED_BYTES, EncodedMedia, EncodedStore
 from ovfast.errors import CapacityError, OptionError, PromptError
 from ovfast.media import MediaLimits
 from ovfast.models.llava_onevision import LlavaOnevision
 from ovfast.ops import Ops
-from ovfast.options import batch_items, check_inputs, visual_options
+from ovfast.options import Item, batch_items, check_inputs, visual_options
 from ovfast.processor import ModelInputs, Processor
 from ovfast.request import Request
 from ovfast.row_runner import make_runner
@@ -38,6 +41,7 @@ class EngineBase:
         max_batch_size: int,
         visual: VisualOptions,
         media_limits: MediaLimits,
+        encoded_memory_bytes: int = DEFAULT_ENCODED_BYTES,
         graphs: GraphCache | None = None,
     ) -> None:
         self.config, self.ops = model.config, ops
@@ -51,6 +55,7 @@ class EngineBase:
         cache = model.new_cache(num_slots=max_batch_size, max_positions=max_seq_len)
         runner = make_runner(model, cache, self._forbidden, ops, graphs)
         self._scheduler = Scheduler(Loaded(model, cache, runner))
+        self._encoded = EncodedStore(encoded_memory_bytes)
 
     @property
     def closed(self) -> bool:
@@ -72,8 +77,11 @@ class EngineBase:
         self.close()
 
     def close(self) -> None:
-        """Frees weights and cache; open streams and later calls raise BackendError. Repeatable."""
+        """Frees weights, cache and what handles hold; open streams and later calls raise
+        BackendError. Repeatable.
+        """
         self._scheduler.close()
+        self._encoded.clear()  # no step runs any more that could add one
 
     def prepare(
         self,
@@ -81,6 +89,7 @@ class EngineBase:
         *,
         images: Any = None,
         videos: Any = None,
+        media: EncodedMedia | None = None,
         visual: VisualOptions | None = None,
         system: str | None = None,
         raw: bool = False,
@@ -88,10 +97,17 @@ class EngineBase:
         """Lays one request out without running the model; arguments as `generate`.
 
         Returns:
-            ModelInputs, which `generate`, `stream`, `score` and `forward` take in place of a
-            prompt.
+            ModelInputs, which `generate`, `stream`, `score`, `encode` and `forward` take
+            in place of a prompt.
         """
         self._scheduler.loaded()
+        if media is not None:
+            if any(given is not None for given in (images, videos, visual)):
+                raise OptionError(
+                    "media= a handle with images, videos or visual; it stands for all of them. Pass"
+                    " one or the other."
+                )
+            return self._over_handle(prompt, media, system, raw)
         return self._processor.prepare(
             prompt,
             images=images,
@@ -104,18 +120,45 @@ class EngineBase:
             lazy_views=self.ops.reads_pictures,
         )
 
+    def _over_handle(
+        self, prompt: Any, media: EncodedMedia, system: str | None, raw: bool
+    ) -> ModelInputs:
+        started = time.perf_counter()
+        self._check_handle(media)
+        input_ids, spans, plans = self._processor.layout(
+            prompt,
+            images=media.image_sizes_hw,
+            videos=media.video_sizes,
+            visual=media.visual,
+            system=system,
+            raw=raw,
+            bare=True,
+        )
+        side = self.config.vision.image_size
+        return ModelInputs(
+            input_ids,
+            spans,
+            plans,
+            (),
+            media.visual,
+            preprocess_ms=1e3 * (time.perf_counter() - started),
+            encoded=media,
+            _views=[np.empty((0, side, side, 3), np.uint8)],
+        )
+
     def _one(
         self,
         name: str,
         prompt: Any,
         images: Any,
         videos: Any,
+        media: Any,
         visual: VisualOptions | None,
         system: str | None,
         raw: bool,
     ) -> ModelInputs:
         """The inputs of a call that takes no batch."""
-        is_batch, items = batch_items(prompt, images, videos)
+        is_batch, items = batch_items(prompt, images, videos, media)
         if is_batch:
             raise PromptError(
                 f"{name}() got a batch of prompts; it takes one prompt. Use generate(), or call"
@@ -124,21 +167,23 @@ class EngineBase:
         return self._inputs(items[0], visual, system, raw)
 
     def _inputs(
-        self,
-        item: tuple[Any, Any, Any],
-        visual: VisualOptions | None,
-        system: str | None,
-        raw: bool,
+        self, item: Item, visual: VisualOptions | None, system: str | None, raw: bool
     ) -> ModelInputs:
-        prompt, images, videos = item
+        prompt, images, videos, media = item
         if not isinstance(prompt, ModelInputs):
             return self.prepare(
-                prompt, images=images, videos=videos, visual=visual, system=system, raw=raw
+                prompt,
+                images=images,
+                videos=videos,
+                media=media,
+                visual=visual,
+                system=system,
+                raw=raw,
             )
-        if any(given is not None for given in (images, videos, visual, system)) or raw:
+        if any(given is not None for given in (images, videos, media, visual, system)) or raw:
             raise OptionError(
-                "ModelInputs with images, videos, visual, system or raw; they are already part of"
-                " the inputs. Pass them to prepare() instead."
+                "ModelInputs with images, videos, media, visual, system or raw; they are already"
+                " part of the inputs. Pass them to prepare() instead."
             )
         self._check_inputs(prompt)
         return prompt
@@ -163,9 +208,24 @@ class EngineBase:
             started=started,
         )
 
+    def _check_handle(self, media: Any) -> None:
+        if not isinstance(media, EncodedMedia):
+            raise OptionError(
+                f"media={media!r:.100}; expected a handle that encode() returned. Pass pictures as"
+                " images= and videos as videos=."
+            )
+        media.held()
+        if media not in self._encoded:
+            raise OptionError(
+                "media= a handle of another engine; expected one of this engine. Call encode() of"
+                " the engine that is asked."
+            )
+
     def _check_inputs(self, inputs: ModelInputs) -> None:
         self._scheduler.loaded()
         check_inputs(inputs, self._vocab_size, self.config.vision.image_size)
+        if inputs.encoded is not None:
+            self._check_handle(inputs.encoded)
 
     def _check_capacity(self, num_tokens: int, max_new_tokens: int) -> None:
         if num_tokens + max_new_tokens > self.max_seq_len:

@@ -8,7 +8,7 @@ from PIL import Image
 from ovfast.chat import BARE, Message
 from ovfast.errors import PromptError
 
-__all__ = ["image_list", "take_sources", "video_list"]
+__all__ = ["image_list", "media_turn", "take_sources", "video_list"]
 
 
 def take_sources(
@@ -33,6 +33,15 @@ def take_sources(
         )
     rest = iter(given)
     return [next(rest) if source is BARE else source for source in wanted]
+
+
+def media_turn(images: object, videos: object) -> list[dict[str, Any]]:
+    """A chat of one turn with all pictures, then all videos, and no text: as they stand before a
+    question.
+    """
+    places = [("image", image_list(images)), ("video", video_list(videos))]
+    content = [{"type": kind} for kind, media in places for _ in media]
+    return [{"role": "user", "content": content}]
 
 
 def image_list(images: object) -> list[Any]:

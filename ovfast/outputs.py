@@ -21,13 +21,15 @@ class Usage:
         prompt_tokens: all positions before the first generated token, visual ones included.
         visual_tokens: positions filled from pictures and videos, newlines included.
         completion_tokens: generated tokens, the stop token included.
-        views: tower inputs of this request.
+        views: tower inputs of this request; none where a handle holds the media.
+        cached_tokens: positions of the prompt whose keys and values a handle held.
     """
 
     prompt_tokens: int
     visual_tokens: int
     completion_tokens: int
     views: int
+    cached_tokens: int = 0
 
 
 @dataclass(slots=True)

@@ -137,6 +137,7 @@ class Processor:
         visual: VisualOptions,
         system: str | None = None,
         raw: bool = False,
+        bare: bool = False,
     ) -> tuple[NDArray[np.int64], tuple[VisualSpan, ...], tuple[VisualPlan, ...]]:
         """Lay a prompt out from sizes alone; the same ids and plans as `prepare`.
 
@@ -147,6 +148,7 @@ class Processor:
             visual: how pictures become views and tokens.
             system: text of a system turn.
             raw: the prompt is complete and its special tokens are special.
+            bare: refuse sources inside a chat's media parts.
 
         Returns:
             input_ids (num_tokens,) int64, spans, plans.
@@ -155,7 +157,13 @@ class Processor:
             PromptError: the prompt cannot be laid out.
             MediaError: a size that no picture has.
         """
-        parsed = self._parse(prompt, list(images), list(videos), system, raw, from_sizes=True)
+        sizes = list(images), list(videos)
+        parsed = self._parse(prompt, *sizes, system, raw, from_sizes=not bare)
+        if (len(parsed.images), len(parsed.videos)) != (len(sizes[0]), len(sizes[1])):
+            raise PromptError(
+                "media= a handle, with a chat whose parts bring pictures or videos of their own;"
+                " expected parts with a type alone. Write {'type': 'image'} or {'type': 'video'}."
+            )
         return self._lay_out(parsed, visual)
 
     def prepare(

@@ -10,6 +10,7 @@ PUBLIC_NAMES = [
     "CapacityError",
     "CheckpointError",
     "ConfigError",
+    "EncodedMedia",
     "Engine",
     "Estimate",
     "GenerationOutput",

@@ -20,7 +20,7 @@ from ovfast.errors import (
 )
 from ovfast.loading import load
 from ovfast.media import MediaLimits
-from ovfast.outputs import GenerationOutput, ScoreOutput, StreamChunk
+from ovfast.outputs import ChoiceOutput, GenerationOutput, ScoreOutput, StreamChunk
 from ovfast.processor import ModelInputs
 from ovfast.roofline import Estimate
 from ovfast.sampling import SamplingParams
@@ -31,6 +31,7 @@ __all__ = [
     "BackendError",
     "CapacityError",
     "CheckpointError",
+    "ChoiceOutput",
     "ConfigError",
     "EncodedMedia",
     "Engine",

@@ -3,7 +3,7 @@
 `Engine` lays requests out, hands them to the scheduler and returns what comes back. How arguments
 become requests is `engine_base`; how steps of many threads share the model is `scheduler`; how a
 model gets into an engine is `loading`; how likelihoods and logits of a prompt are computed is
-`scoring`.
+`scoring` and `choices`.
 """
 
 import time
@@ -14,19 +14,21 @@ import numpy as np
 import torch
 
 from ovfast.anyres import VisualOptions
+from ovfast.choices import check_options, choose_best, score_options
 from ovfast.encoded_media import EncodedMedia
 from ovfast.encoding import encode_media
 from ovfast.engine_base import EngineBase
 from ovfast.media_sources import media_turn
 from ovfast.options import (
     batch_items,
+    choice_texts,
     continuation_texts,
     encode_options,
     make_sampling,
     token_positions,
     visual_options,
 )
-from ovfast.outputs import ScoreOutput, StreamChunk
+from ovfast.outputs import ChoiceOutput, ScoreOutput, StreamChunk
 from ovfast.processor import ModelInputs
 from ovfast.roofline import Estimate, estimate_request
 from ovfast.sampling import SamplingParams
@@ -170,6 +172,57 @@ class Engine(EngineBase):
         with self._scheduler.hold_slot(inputs) as slot:
             return score_continuations(self._scheduler, slot, inputs, full)
 
+    def choose(
+        self,
+        prompt: Any,
+        options: Iterable[str],
+        *,
+        images: Any = None,
+        videos: Any = None,
+        media: Any = None,
+        normalize: str = "sum",
+        include_terminator: bool = False,
+        visual: VisualOptions | None = None,
+        system: str | None = None,
+        raw: bool = False,
+    ) -> ChoiceOutput:
+        """The likeliest of several answers to one prompt, at little more than its first token.
+
+        Args:
+            prompt: as in `generate`, not a batch.
+            options: the answers, at least two; tokenised as they follow the prompt.
+            images: as in `generate`.
+            videos: as in `generate`.
+            media: as in `generate`.
+            normalize: "sum" compares the probabilities of whole options; "mean" the mean
+                log-probabilities of their tokens, which does not favour short options.
+            include_terminator: an option is the whole answer, the end of the turn scored with it;
+                otherwise the answer begins with it.
+            visual: as in `generate`.
+            system: as in `generate`.
+            raw: as in `generate`.
+
+        Returns:
+            A ChoiceOutput.
+
+        Raises:
+            OVFastError: see `ovfast.errors`.
+        """
+        texts = choice_texts(options, normalize)
+        inputs = self._one("choose", prompt, images, videos, media, visual, system, raw)
+        self._check_capacity(inputs.num_tokens, 1)
+        full = continuation_ids(
+            self._processor,
+            inputs,
+            texts,
+            include_terminator=include_terminator,
+            max_seq_len=self.max_seq_len,
+        )
+        check_options(inputs.num_tokens, full, texts)
+        with self._scheduler.hold_slot(inputs) as slot:
+            scores = score_options(self._scheduler, slot, inputs, full)
+        return choose_best(texts, scores, normalize)
+
     def encode(
         self,
         prompt: Any = None,
@@ -197,7 +250,7 @@ class Engine(EngineBase):
             raw: as in `generate`.
 
         Returns:
-            An EncodedMedia, which `generate`, `stream`, `score` and `prepare` take as
+            An EncodedMedia, which `generate`, `stream`, `score`, `choose` and `prepare` take as
             `media`. Release it, or use it in a `with`.
 
         Raises:

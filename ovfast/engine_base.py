@@ -97,7 +97,7 @@ class EngineBase:
         """Lays one request out without running the model; arguments as `generate`.
 
         Returns:
-            ModelInputs, which `generate`, `stream`, `score`, `encode` and `forward` take
+            ModelInputs, which `generate`, `stream`, `score`, `choose`, `encode` and `forward` take
             in place of a prompt.
         """
         self._scheduler.loaded()

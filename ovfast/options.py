@@ -15,6 +15,8 @@ from ovfast.media_sources import image_list, video_list
 from ovfast.processor import ModelInputs
 from ovfast.sampling import SamplingParams
 
+NORMALIZE = ("sum", "mean")
+
 
 class Item(NamedTuple):
     """One request's prompt and media, as the caller gave them."""
@@ -108,6 +110,22 @@ def continuation_texts(given: Any, name: str = "continuations") -> list[str]:
         raise OptionError(
             f"{name}={given!r:.200}; expected a list of str. Put a single one in a list."
         )
+    return texts
+
+
+def choice_texts(options: Any, normalize: Any) -> list[str]:
+    """The options of a choice.
+
+    Raises:
+        OptionError: not two str or more, two alike, or an unknown way to normalise.
+    """
+    texts = continuation_texts(options, "options")
+    if len(texts) < 2 or len(set(texts)) < len(texts):
+        raise OptionError(
+            f"options={texts!r:.200}; expected at least two, all different. Use score() for one."
+        )
+    if normalize not in NORMALIZE:
+        raise OptionError(f"normalize={normalize!r}; expected 'sum' or 'mean'.")
     return texts
 
 

@@ -121,3 +121,27 @@ class ScoreOutput:
     token_ids: tuple[int, ...]
     token_logprobs: tuple[float, ...] = field(repr=False)
     is_greedy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceOutput:
+    """The likeliest of several answers.
+
+    Attributes:
+        choice: the option with the highest probability, the first of equals.
+        index: its place among the options.
+        probabilities: one an option, adding up to 1.
+        label_mass: how likely the model is to begin with any of the options, before normalising;
+            an option that begins with another one counts as a part of that one.
+        scores: the likelihood of each option.
+    """
+
+    choice: str
+    index: int
+    probabilities: tuple[float, ...]
+    label_mass: float
+    scores: tuple[ScoreOutput, ...] = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The output as JSON-ready dicts, lists, strings and numbers."""
+        return asdict(self)

@@ -9,6 +9,7 @@ PUBLIC_NAMES = [
     "BackendError",
     "CapacityError",
     "CheckpointError",
+    "ChoiceOutput",
     "ConfigError",
     "EncodedMedia",
     "Engine",

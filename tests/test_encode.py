@@ -131,6 +131,8 @@ def test_every_call_takes_a_handle(engine: Engine, name: str, keep: str) -> None
             assert_same(chunks[-1].output, expected, 0)
             both = engine.score(continuations=texts, **ask)
             assert both == engine.score(continuations=texts, **REQUESTS[name])
+            chosen = engine.choose(options=texts, **ask)
+            assert chosen == engine.choose(options=texts, **REQUESTS[name])
         last = inputs.num_tokens - 1
         for positions in ([last], [last, 3, 0, last], [inputs.spans[0].end], [], None):
             found = engine.forward(inputs, positions=positions)
@@ -189,11 +191,12 @@ def test_what_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch, keep: str) -
         for prompt in PLAIN_QUESTIONS:
             output = engine.generate(prompt, media=handle, max_new_tokens=3, ignore_eos=True)
             assert seen["rows"].pop() == output.usage.prompt_tokens - length
+        engine.choose("Is it?", ["yes", "no"], media=handle)
         assert seen["views"] == []
-        assert seen["copied"] == ([length, 0, 0] if keep == "prefix" else [])
+        assert seen["copied"] == ([length, 0, 0, 0] if keep == "prefix" else [])
         engine.generate("Hi", max_new_tokens=1)  # takes the slot
         engine.generate("What?", media=handle, max_new_tokens=1)
-        assert seen["copied"][3:] == ([length] if keep == "prefix" else [])
+        assert seen["copied"][4:] == ([length] if keep == "prefix" else [])
 
 
 def test_slots_keep_the_prefix_they_have(
@@ -265,6 +268,9 @@ def test_a_prompt_that_ends_with_the_picture(engine: Engine) -> None:
         assert_same(got, engine.generate(**ask, **MEDIA["image"], **GREEDY), 0)
         assert engine.score(continuations=[" a"], **ask, media=handle) == engine.score(
             continuations=[" a"], **ask, **MEDIA["image"]
+        )
+        assert engine.choose(options=[" a", " the b"], **ask, media=handle) == engine.choose(
+            options=[" a", " the b"], **ask, **MEDIA["image"]
         )
 
 
@@ -366,6 +372,7 @@ def test_a_closed_engine(tiny_checkpoint: Path) -> None:
         lambda: engine.generate("Q", media=handle),
         lambda: engine.generate(inputs),
         lambda: engine.encode(images=picture()),
+        lambda: engine.choose("Q", ["a", "b"], media=handle),
         lambda: engine.prepare("Q", media=handle),
         lambda: next(stream),
     ):
@@ -466,6 +473,7 @@ def test_encoding_needs_no_slot_and_questions_do(engine: Engine) -> None:
     with encode(engine, "image", "prefix") as handle:
         for call in (
             lambda: engine.generate("Q", media=handle),
+            lambda: engine.choose("Q", ["a", "b"], media=handle),
             lambda: next(engine.stream("Q", media=handle)),
         ):
             with pytest.raises(CapacityError, match="this thread has left open"):
@@ -522,7 +530,7 @@ def test_many_threads(tiny_checkpoint: Path) -> None:
             for name in names
             for prompt in PLAIN_QUESTIONS
         }
-        scored = {name: engine.score("Q", ["yes", "no way"], **MEDIA[name]) for name in names}
+        chosen = {name: engine.choose("Q", ["yes", "no way"], **MEDIA[name]) for name in names}
         shared = {name: encode(engine, name, "prefix") for name in names}
 
         def work(seed: int) -> list[Any]:
@@ -535,7 +543,7 @@ def test_many_threads(tiny_checkpoint: Path) -> None:
                     handle = shared[name]
                 if (
                     rng.random() < 0.3
-                    and engine.score("Q", ["yes", "no way"], media=handle) != scored[name]
+                    and engine.choose("Q", ["yes", "no way"], media=handle) != chosen[name]
                 ):
                     wrong.append(name)
                 got = engine.generate(prompt, media=handle, **GREEDY).token_ids
@@ -562,7 +570,7 @@ def test_calls_leave_nothing_behind(engine: Engine) -> None:
     def call(keep: str) -> None:
         with encode(engine, "image", keep) as handle:
             engine.generate("Why?", media=handle, max_new_tokens=2)
-            engine.score("Why?", ["yes", "no way"], media=handle)
+            engine.choose("Why?", ["yes", "no way"], media=handle)
             next(engine.stream("Why?", media=handle))
 
     call("prefix")

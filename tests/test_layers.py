@@ -48,6 +48,7 @@ LAYERS = (
     ("options", "request"),  # from here on what engine is made of
     ("scheduler",),
     ("scoring", "encoding"),
+    ("choices",),
     ("engine_base",),
     ("engine",),
     ("loading",),

@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for repeat in range(args.repeats):
             picture = encoded_picture((width, height), repeat)
             rows.append(run_once(engine, picture, machine, separate=repeat < args.separate))
-            print(json.dumps({name: round(value, 9) for name, value in rows[-1].items()}))
+            shown = {name: round(value, 9) for name, value in rows[-1].items()}
+            print(json.dumps(shown), flush=True)
     names = [name for name in rows[0] if name not in ("score_error", "handle_bytes")]
     ratios = {
         "choose / first": [row["choose"] / row["first"] for row in rows],

@@ -26,7 +26,7 @@ class SideError(Exception):
     """What a side said when it failed; the suite writes it down."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SideSpec:
     """How a side is started.
 
@@ -50,6 +50,11 @@ class SideSpec:
     def label(self) -> str:
         return f"{self.side} {self.storage}"
 
+    @property
+    def device(self) -> str:
+        """Its kind: "cpu" or "cuda"."""
+        return str(self.options.get("device", "cpu")).partition(":")[0]
+
 
 class Side:
     """A running process; a context manager that ends it.
@@ -64,7 +69,7 @@ class Side:
         self._process: subprocess.Popen[bytes] | None = None
         self._log = tempfile.TemporaryFile()
         self._why = spec.missing
-        self.peak_bytes = 0
+        self.peak_bytes = 0  # of the last job
 
     def __enter__(self) -> "Side":
         return self
@@ -166,6 +171,7 @@ class Outcome:
     """What one side answered to a job, round by round; an error instead where it failed."""
 
     answers: list[Any] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)  # of resident memory, in bytes
     error: str | None = None
     unsupported: bool = False
 
@@ -207,6 +213,7 @@ def take_turns(
             except SideError as error:
                 outcome.error = str(error)
                 outcome.answers.clear()
+                outcome.peaks.clear()
                 told(side, index, error)
                 continue
             outcome.unsupported = answer is None
@@ -214,4 +221,5 @@ def take_turns(
                 told(side, index, answer)
                 if index >= 0:
                     outcome.answers.append(answer)
+                    outcome.peaks.append(side.peak_bytes)
     return outcomes

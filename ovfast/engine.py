@@ -31,7 +31,7 @@ from ovfast.options import (
 from ovfast.outputs import ScoreOutput, StreamChunk
 from ovfast.processor import ModelInputs, Processor
 from ovfast.request import Request
-from ovfast.roofline import Estimate, estimate_request
+from ovfast.roofline import Estimate, Machine, estimate_request
 from ovfast.row_runner import make_runner
 from ovfast.sampling import SamplingParams
 from ovfast.scheduler import Loaded, Scheduler
@@ -285,8 +285,9 @@ class Engine:
         visual: VisualOptions | None = None,
         system: str | None = None,
         raw: bool = False,
+        machine: Machine | None = None,
     ) -> Estimate:
-        """Token counts, bytes and work of a request, from sizes alone.
+        """The Estimate of a request, from sizes alone: token counts, bytes, work, times.
 
         Args:
             prompt: as in `generate`, not a batch; sources in a chat's parts are not read.
@@ -296,9 +297,7 @@ class Engine:
             visual: as in `generate`.
             system: as in `generate`.
             raw: as in `generate`.
-
-        Returns:
-            An Estimate.
+            machine: of `ovfast.bench.calibration.measure_machine`; None gives no times.
         """
         self._scheduler.loaded()
         make_sampling(None, {"max_new_tokens": max_new_tokens})
@@ -313,7 +312,7 @@ class Engine:
         )
         text_tokens = len(input_ids) - sum(plan.num_tokens for plan in plans)
         sizes = bytes_per_param(self.storage), self.dtype.itemsize
-        return estimate_request(self.config, plans, text_tokens, max_new_tokens, *sizes)
+        return estimate_request(self.config, plans, text_tokens, max_new_tokens, *sizes, machine)
 
     def warmup(self) -> None:
         """Runs one small request twice, so that the first real one pays for no set-up.

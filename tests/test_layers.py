@@ -22,6 +22,7 @@ LAYERS = (
         "clock",
         "cpu_threads",
         "storage",
+        "stage_cost",
     ),
     ("config_visual", "video_file", "anyres", "packed_file"),
     ("config", "cpu_linear"),

@@ -7,7 +7,6 @@ no tokenizer.
 
 import json
 import re
-from pathlib import Path
 
 import gguf
 import numpy as np

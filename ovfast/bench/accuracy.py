@@ -79,13 +79,13 @@ def run_accuracy(
             engine = _open(variant, device, threads)
         except OVFastError as error:
             session.tell(f"accuracy, {variant.backend} {variant.storage}: failed: {error}")
-            session.add(Row(**given("samples"), metric="exact_answers", samples=(), error=f"{error}"))
+            session.add(
+                Row(**given("samples"), metric="exact_answers", samples=(), error=f"{error}")
+            )
             continue
         with engine:
             right = [_is_right(engine, question) for question in questions]
-            session.add(
-                Row(**given("samples"), metric="exact_answers", samples=_percent(right))
-            )
+            session.add(Row(**given("samples"), metric="exact_answers", samples=_percent(right)))
             tokens = [_tokens(engine, seed) for seed in range(num_pictures)]
             first = first or tokens
             same = [ours == theirs for ours, theirs in zip(tokens, first, strict=True)]

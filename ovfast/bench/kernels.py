@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ovfast.bench.accuracy import Variant
-from ovfast.bench.limits import Limits
+from ovfast.bench.bounds import Bounds
 from ovfast.bench.op_cases import Bench, OpCase, Work, op_cases
 from ovfast.bench.record import Row
 from ovfast.bench.session import Session
@@ -37,9 +37,7 @@ class _Timed:
 
 def open_bench(target: Target, variant: Variant) -> Bench:
     """A back end of a target's device, with its sizes."""
-    ops = make_ops(
-        target.device, variant.backend, threads=target.threads, storage=variant.storage
-    )
+    ops = make_ops(target.device, variant.backend, threads=target.threads, storage=variant.storage)
     dtype = torch.float32 if ops.storage else DTYPES[variant.storage]
     return Bench(ops, target.config, dtype, target.device, variant.storage)
 
@@ -47,7 +45,7 @@ def open_bench(target: Target, variant: Variant) -> Bench:
 def run_kernels(
     session: Session,
     target: Target,
-    limits: Limits,
+    bounds: Bounds,
     variants: Sequence[Variant],
     *,
     seconds: float,
@@ -57,7 +55,7 @@ def run_kernels(
     Args:
         session: takes the rows.
         target: gives sizes, device and threads.
-        limits: floors.
+        bounds: floors.
         variants: back ends, each with how it keeps weights.
         seconds: for a case on one back end, at most; it gets 5 samples in any case.
     """
@@ -67,8 +65,6 @@ def run_kernels(
         session.show(f"kernels, {case.name}")
         timed = []
         for variant, bench in benches.items():
-            if bench.ops.where[case.operation] not in (variant.backend, "reference"):
-                continue
             if bench.ops.where[case.operation] != variant.backend:
                 continue  # it takes this one from the reference
             try:
@@ -80,7 +76,7 @@ def run_kernels(
             timed.append(_Timed(variant, work, case.moved_bytes(bench), []))
         _take_turns(timed, target.device, seconds)
         for one in timed:
-            session.add(_row(target, limits, case, one))
+            session.add(_row(target, bounds, case, one))
 
 
 @torch.inference_mode()
@@ -101,7 +97,7 @@ def _host_ms(work: Callable[[], Any]) -> float:
 
 
 def _cuda_ms(work: Callable[[], Any]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     work()
     end.record()
@@ -126,8 +122,8 @@ def _head(target: Target, case: OpCase, variant: Variant) -> dict[str, Any]:
     }
 
 
-def _row(target: Target, limits: Limits, case: OpCase, one: _Timed) -> Row:
-    floor = limits.work(one.variant.storage, case.flops, one.moved_bytes)
+def _row(target: Target, bounds: Bounds, case: OpCase, one: _Timed) -> Row:
+    floor = bounds.work_ms(one.variant.storage, case.flops, one.moved_bytes)
     return Row(**_head(target, case, one.variant), samples=tuple(one.samples), floor=floor)
 
 

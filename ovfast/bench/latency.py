@@ -7,11 +7,11 @@ is (E2E − TTFT) / (new tokens − 1). Every round has new pictures, the same f
 from collections.abc import Sequence
 from typing import Any
 
-from ovfast.bench.limits import Limits
+from ovfast.bench.bounds import Bound, Bounds
 from ovfast.bench.memory import add_memory_rows
 from ovfast.bench.record import Row
-from ovfast.bench.session import Loaded, Rounds, Session
-from ovfast.bench.sides import Outcome, SideSpec
+from ovfast.bench.session import Loaded, Session
+from ovfast.bench.sides import Outcome, Parameters, Rounds, Side
 from ovfast.bench.targets import Target
 from ovfast.bench.workloads import Workload
 
@@ -26,7 +26,7 @@ DEFINITIONS = (
 def run_latency(
     session: Session,
     target: Target,
-    limits: Limits,
+    bounds: Bounds,
     sides: Sequence[Loaded],
     workloads: Sequence[Workload],
     *,
@@ -38,7 +38,7 @@ def run_latency(
     Args:
         session: takes the rows.
         target: the checkpoint.
-        limits: floors and predictions.
+        bounds: floors and predictions.
         sides: ovfast's first.
         workloads: one after the other.
         new_tokens: of each answer.
@@ -55,14 +55,11 @@ def run_latency(
             workload.name, sides, "answer", arguments, rounds, lambda a: _brief(a[0])
         )
         expected = len(target.layout(workload)[0])
-        parameters = {
-            "model": target.name,
-            "threads": target.threads,
-            "new_tokens": new_tokens,
-            "batch": 1,
-        }
+        parameters = target.parameters(new_tokens=new_tokens, batch=1)
         for side, outcome in outcomes.items():
-            for row in latency_rows(workload, side.spec, outcome, limits, expected, parameters):
+            bound = bounds.request(workload, side.spec, new_tokens)
+            head = side.spec.head("latency", workload.name, parameters) | {"unit": "ms"}
+            for row in latency_rows(head, outcome, bound, expected, new_tokens):
                 session.add(row)
         for row in _agreement_rows(workload, outcomes, parameters):
             session.add(row)
@@ -70,45 +67,38 @@ def run_latency(
 
 
 def latency_rows(
-    workload: Workload,
-    spec: SideSpec,
+    head: dict[str, Any],
     outcome: Outcome,
-    limits: Limits,
+    bounds: dict[str, Bound],
     expected_tokens: int,
-    parameters: dict[str, int | str],
+    new_tokens: int,
 ) -> list[Row]:
     """Rows of one side: one a metric, or one with its error.
 
     Args:
-        workload: what was asked.
-        spec: who was asked.
-        outcome: what it answered.
-        limits: floors and predictions.
+        head: what they have in common.
+        outcome: what the side answered.
+        bounds: by metric.
         expected_tokens: of our prompt; a side with another count is not comparable.
-        parameters: of every row, beside the device.
+        new_tokens: of each answer.
     """
-    head = {"suite": "latency", "workload": workload.name, "side": spec.side}
-    head |= {"storage": spec.storage}
-    given: dict[str, Any] = {"parameters": parameters | {"device": spec.device}, "unit": "ms"}
     if outcome.error is not None:
-        return [Row(**head, **given, metric="ttft_ms", samples=(), error=outcome.error)]
+        return [Row(**head, metric="ttft_ms", samples=(), error=outcome.error)]
     if outcome.unsupported:
         return []
-    count = int(parameters["new_tokens"])
     answers = [answer[0] for answer in outcome.answers]
-    bounds = limits.request(workload, spec, count)
+    unknown = Bound()
     return [
         Row(
             **head,
-            **given,
             metric=metric,
             samples=samples,
             prompt_tokens=answers[0]["prompt_tokens"],
             comparable=all(answer["prompt_tokens"] == expected_tokens for answer in answers),
-            floor=bounds[metric].floor if metric in bounds else None,
-            predicted=bounds[metric].predicted if metric in bounds else None,
+            floor=bounds.get(metric, unknown).floor,
+            predicted=bounds.get(metric, unknown).predicted,
         )
-        for metric, samples in _metrics(answers, count).items()
+        for metric, samples in _metrics(answers, new_tokens).items()
     ]
 
 
@@ -125,7 +115,7 @@ def _metrics(answers: Sequence[dict[str, Any]], count: int) -> dict[str, tuple[f
 
 
 def _agreement_rows(
-    workload: Workload, outcomes: dict[Any, Outcome], parameters: dict[str, int | str]
+    workload: Workload, outcomes: dict[Side, Outcome], parameters: Parameters
 ) -> list[Row]:
     """How far each ovfast side's tokens are those of transformers, in the same rounds."""
     theirs = next((o for side, o in outcomes.items() if side.spec.side == "transformers"), None)
@@ -135,21 +125,12 @@ def _agreement_rows(
             continue
         if len(theirs.answers) != len(outcome.answers):
             continue
-        rows.append(
-            Row(
-                suite="latency",
-                workload=workload.name,
-                side="ovfast",
-                storage=side.spec.storage,
-                metric="tokens_as_transformers",
-                unit="%",
-                samples=tuple(
-                    _agreement(ours[0]["token_ids"], other[0]["token_ids"])
-                    for ours, other in zip(outcome.answers, theirs.answers, strict=True)
-                ),
-                parameters=parameters | {"device": side.spec.device},
-            )
+        samples = tuple(
+            _agreement(ours[0]["token_ids"], other[0]["token_ids"])
+            for ours, other in zip(outcome.answers, theirs.answers, strict=True)
         )
+        head = side.spec.head("latency", workload.name, parameters)
+        rows.append(Row(**head, metric="tokens_as_transformers", unit="%", samples=samples))
     return rows
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ovfast.bench.record import Row
-from ovfast.bench.session import Loaded, Rounds, Session
-from ovfast.bench.sides import Outcome, Side, SideSpec
+from ovfast.bench.session import Loaded, Session
+from ovfast.bench.sides import Outcome, Parameters, Rounds, Side, SideSpec
 from ovfast.bench.targets import Target
 from ovfast.bench.workloads import Workload
 
@@ -31,7 +31,7 @@ def run_memory(
         new_tokens: of each answer.
         rounds: how often.
     """
-    parameters = {"model": target.name, "threads": target.threads, "batch": 1}
+    parameters = target.parameters(new_tokens=new_tokens, batch=1)
     for workload in workloads:
 
         def arguments(index: int, workload: Workload = workload) -> dict[str, Any]:
@@ -48,9 +48,7 @@ def run_memory(
                     rounds,
                     lambda answers: f"{answers[0]['e2e_ms']:.0f} ms",
                 )
-                add_memory_rows(
-                    session, workload, sides, outcomes, parameters | {"new_tokens": new_tokens}
-                )
+                add_memory_rows(session, workload, sides, outcomes, parameters)
 
 
 def add_memory_rows(
@@ -58,7 +56,7 @@ def add_memory_rows(
     workload: Workload,
     sides: Sequence[Loaded],
     outcomes: Mapping[Side, Outcome],
-    parameters: Mapping[str, int | str],
+    parameters: Parameters,
 ) -> None:
     """Adds the peaks of a workload's jobs.
 
@@ -73,14 +71,7 @@ def add_memory_rows(
         spec, outcome = loaded.side.spec, outcomes[loaded.side]
         if outcome.unsupported or (outcome.error is None and not any(outcome.peaks)):
             continue  # no /proc here
-        given: dict[str, Any] = {
-            "suite": "memory",
-            "workload": workload.name,
-            "side": spec.side,
-            "storage": spec.storage,
-            "unit": "bytes",
-            "parameters": dict(parameters) | {"device": spec.device},
-        }
+        given = spec.head("memory", workload.name, parameters) | {"unit": "bytes"}
         if outcome.error is not None:
             session.add(Row(**given, metric="peak_bytes", samples=(), error=outcome.error))
             continue

@@ -77,9 +77,10 @@ class Bench:
         return packed
 
     def _weight(self, rows: int, cols: int) -> Tensor:
-        # The native back end packs what a checkpoint has; others compute in the type they are given.
+        # The native back end packs what a checkpoint has; others compute in the type given.
         dtype = torch.bfloat16 if self.ops.storage else self.dtype
-        return (self.random(rows, cols, dtype=torch.float32) * cols**-0.5).to(dtype)
+        values = self.random(rows, cols, dtype=torch.float32).mul_(cols**-0.5)
+        return values.to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,9 +263,7 @@ def _layer_cases(config: ModelConfig, rows: int) -> list[OpCase]:
 
     def rope(bench: Bench) -> Work:
         qkv, shape = bench.random(rows, qkv_size), (text.num_kv_heads, rows, text.head_dim)
-        cos, sin = rope_table(
-            0, rows, text.head_dim, text.rope_theta, bench.dtype, bench.device
-        )
+        cos, sin = rope_table(0, rows, text.head_dim, text.rope_theta, bench.dtype, bench.device)
         caches = bench.random(*shape), bench.random(*shape)
         heads = text.num_heads, text.num_kv_heads
         return lambda: bench.ops.rope_and_store(qkv, cos, sin, *caches, 0, *heads)
@@ -366,9 +365,11 @@ def _vocabulary_cases(config: ModelConfig) -> list[OpCase]:
 
 def _row_table(plan: VisualPlan, device: torch.device) -> RowTable:
     table = row_table(plan.num_tokens, ((0, 0, plan.table),))
-    arrays = (table.source_rows, table.index, table.weight)
-    tensors = (torch.from_numpy(array).to(device) for array in arrays)
-    return RowTable(*tensors, has_pooled=table.has_pooled)
+    sources, index, weight = (
+        torch.from_numpy(array).to(device)
+        for array in (table.source_rows, table.index, table.weight)
+    )
+    return RowTable(sources, index, weight, has_pooled=table.has_pooled)
 
 
 def _pixels(height: int, width: int) -> Tensor:

@@ -5,7 +5,6 @@ replaced on a terminal, a line for each step elsewhere.
 """
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,29 +14,9 @@ from rich.console import Console
 from rich.status import Status
 
 from ovfast.bench.record import Header, Row, append_row, write_header
-from ovfast.bench.sides import Outcome, Side, SideError, SideSpec, take_turns
+from ovfast.bench.sides import Outcome, Rounds, Side, SideError, SideSpec, take_turns
 
-__all__ = ["Loaded", "Rounds", "Session"]
-
-
-@dataclass(frozen=True, slots=True)
-class Rounds:
-    """How often is measured.
-
-    Attributes:
-        repeats: counted rounds.
-        warmup: rounds before them.
-        deadline: on the monotonic clock; after it a job gets one counted round.
-    """
-
-    repeats: int
-    warmup: int
-    deadline: float
-
-    @classmethod
-    def within(cls, budget_s: float, *, repeats: int, warmup: int) -> "Rounds":
-        """Rounds with a time budget that starts now."""
-        return cls(repeats, warmup, time.monotonic() + budget_s)
+__all__ = ["Loaded", "Session"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,15 +117,13 @@ class Session:
             if isinstance(answer, SideError):
                 self.tell(f"{title}, {side.spec.label}: failed: {answer}")
                 return
-            count = "warm-up" if index < 0 else f"{index + 1} of {rounds.repeats}"
+            count = "warm-up" if index < 0 else f"round {index + 1}"
             self.show(f"{title} ({count}), {side.spec.label}: {brief(answer)}")
 
         return take_turns(
             [loaded.side for loaded in sides],
             job,
             arguments,
-            warmup=rounds.warmup,
-            repeats=rounds.repeats,
-            deadline=rounds.deadline,
+            rounds=rounds,
             told=told,
         )

@@ -6,6 +6,7 @@ dies out of all later ones; the run goes on.
 """
 
 import json
+import math
 import os
 import selectors
 import subprocess
@@ -13,13 +14,16 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from ovfast.bench.protocol import encode_bytes
 
-__all__ = ["Outcome", "Side", "SideError", "SideSpec", "take_turns"]
+__all__ = ["Outcome", "Parameters", "Rounds", "Side", "SideError", "SideSpec", "take_turns"]
 
 TAIL_CHARACTERS = 400
+SLOW_S = 1.0
+REPEATS, SLOW_REPEATS = 30, 6  # from six pairs on there is an interval of the median
+Parameters = Mapping[str, int | float | str]
 
 
 class SideError(Exception):
@@ -50,6 +54,16 @@ class SideSpec:
     def label(self) -> str:
         return f"{self.side} {self.storage}"
 
+    def head(self, suite: str, workload: str, parameters: Parameters) -> dict[str, Any]:
+        """What all rows of this side have in common, for `record.Row`."""
+        return {
+            "suite": suite,
+            "workload": workload,
+            "side": self.side,
+            "storage": self.storage,
+            "parameters": dict(parameters) | {"device": self.device},
+        }
+
     @property
     def device(self) -> str:
         """Its kind: "cpu" or "cuda"."""
@@ -67,11 +81,11 @@ class Side:
     def __init__(self, spec: SideSpec, timeout_s: float = 900.0) -> None:
         self.spec, self._timeout_s = spec, timeout_s
         self._process: subprocess.Popen[bytes] | None = None
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._why = spec.missing
         self.peak_bytes = 0  # of the last job
 
-    def __enter__(self) -> "Side":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -166,6 +180,23 @@ class Side:
         process.wait()
 
 
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """How often is measured.
+
+    Attributes:
+        repeats: counted rounds.
+        slow_repeats: instead, where a side takes longer than SLOW_S.
+        warmup: rounds before them.
+        deadline: on the monotonic clock; after it a job gets one counted round.
+    """
+
+    repeats: int = REPEATS
+    slow_repeats: int = SLOW_REPEATS
+    warmup: int = 1
+    deadline: float = math.inf
+
+
 @dataclass(slots=True)
 class Outcome:
     """What one side answered to a job, round by round; an error instead where it failed."""
@@ -181,9 +212,7 @@ def take_turns(
     job: str,
     arguments: Callable[[int], Mapping[str, Any]],
     *,
-    warmup: int,
-    repeats: int,
-    deadline: float,
+    rounds: Rounds,
     told: Callable[[Side, int, Any], None] = lambda side, index, answer: None,
 ) -> dict[Side, Outcome]:
     """Asks each side in turn, round by round.
@@ -192,19 +221,18 @@ def take_turns(
         sides: in the order of a round.
         job: of `protocol`.
         arguments: of a round's job, the same for all sides.
-        warmup: rounds before that are not counted.
-        repeats: counted rounds.
-        deadline: on the monotonic clock; no counted round but the first starts after it.
+        rounds: how many.
         told: called with each answer, or the error, and its round; below 0 those that warm up.
 
     Returns:
         Each side's answers; those with the same index are of the same round.
     """
     outcomes = {side: Outcome() for side in sides}
-    for index in range(-warmup, repeats):
-        if index > 0 and time.monotonic() > deadline:
+    repeats = rounds.repeats
+    for index in range(-rounds.warmup, repeats):
+        if index >= repeats or (index > 0 and time.monotonic() > rounds.deadline):
             break
-        given = arguments(index)
+        given, start = arguments(index), time.monotonic()
         for side, outcome in outcomes.items():
             if outcome.error is not None or outcome.unsupported:
                 continue
@@ -222,4 +250,6 @@ def take_turns(
                 if index >= 0:
                     outcome.answers.append(answer)
                     outcome.peaks.append(side.peak_bytes)
+        if time.monotonic() - start > SLOW_S * len(sides):
+            repeats = min(repeats, rounds.slow_repeats)
     return outcomes

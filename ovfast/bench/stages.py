@@ -8,17 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ovfast.bench.limits import Bound, Limits
+from ovfast.bench.bounds import Bound, Bounds
 from ovfast.bench.record import Row
-from ovfast.bench.session import Loaded, Rounds, Session
-from ovfast.bench.sides import SideSpec
+from ovfast.bench.session import Loaded, Session
+from ovfast.bench.sides import Parameters, Rounds, SideSpec
 from ovfast.bench.targets import Target
 from ovfast.bench.workloads import encoded_picture
 
 __all__ = ["CONTEXTS", "STAGES", "run_stages"]
 
-STAGES = ("decode", "tower", "prefill", "preprocess")
-CONTEXTS = (64, 3000)
+STAGES = ("preprocess", "tower", "prefill", "decode")
+CONTEXTS = (3000, 64)  # the longest first: a peer that has filled it can cut it
 PROMPT = 2962  # tokens of a 640×480 picture and a short question
 STEPS = 16  # of a decode job; its sample is their median
 PICTURES_HW = ((480, 640), (768, 1024))
@@ -42,13 +42,13 @@ class _Job:
     metric: str
     arguments: Callable[[int], Mapping[str, Any]]
     bound: Callable[[SideSpec], Bound]
-    parameters: Mapping[str, int | str]
+    parameters: Parameters
 
 
 def run_stages(
     session: Session,
     target: Target,
-    limits: Limits,
+    bounds: Bounds,
     sides: Sequence[Loaded],
     *,
     stages: Sequence[str],
@@ -61,14 +61,14 @@ def run_stages(
     Args:
         session: takes the rows.
         target: the checkpoint.
-        limits: floors and predictions.
+        bounds: floors and predictions.
         sides: to measure.
         stages: some of STAGES.
         prompt_tokens: of a prefill.
         contexts: of decode steps.
         rounds: how often.
     """
-    for job in _jobs(limits, stages, prompt_tokens, contexts):
+    for job in _jobs(bounds, stages, prompt_tokens, contexts):
         outcomes = session.take_turns(
             job.workload, sides, job.name, job.arguments, rounds, lambda ms: f"{ms:.2f} ms"
         )
@@ -76,69 +76,61 @@ def run_stages(
             if outcome.unsupported:
                 continue
             bound = job.bound(side.spec)
+            parameters = target.parameters(**job.parameters)
             session.add(
                 Row(
-                    suite="latency",
-                    workload=job.workload,
-                    side=side.spec.side,
-                    storage=side.spec.storage,
+                    **side.spec.head("latency", job.workload, parameters),
                     metric=job.metric,
                     unit="ms",
                     samples=tuple(map(float, outcome.answers)),
                     floor=bound.floor,
                     predicted=bound.predicted,
                     error=outcome.error,
-                    parameters={
-                        "model": target.name,
-                        "threads": target.threads,
-                        "device": side.spec.device,
-                    }
-                    | dict(job.parameters),
                 )
             )
 
 
 def _jobs(
-    limits: Limits, stages: Sequence[str], prompt_tokens: int, contexts: Sequence[int]
+    bounds: Bounds, stages: Sequence[str], prompt_tokens: int, contexts: Sequence[int]
 ) -> list[_Job]:
-    jobs = {"decode": [_decode(limits, context) for context in contexts]}
-    jobs["tower"] = [_tower(limits)]
-    jobs["prefill"] = [_prefill(limits, prompt_tokens)]
+    jobs = {"decode": [_decode(bounds, context) for context in contexts]}
+    jobs["tower"] = [_tower(bounds)]
+    jobs["prefill"] = [_prefill(bounds, prompt_tokens)]
     jobs["preprocess"] = [
         _preprocess(size_hw, is_new_size=new) for size_hw in PICTURES_HW for new in (False, True)
     ]
     return [job for stage in stages for job in jobs[stage]]
 
 
-def _decode(limits: Limits, context: int) -> _Job:
+def _decode(bounds: Bounds, context: int) -> _Job:
     return _Job(
         f"decode at {context}",
         "decode",
         "step_ms",
         lambda index: {"context": context, "steps": STEPS},
-        lambda spec: limits.decode(spec, context),
+        lambda spec: bounds.decode(spec, context),
         {"context": context, "rows": 1},
     )
 
 
-def _tower(limits: Limits) -> _Job:
+def _tower(bounds: Bounds) -> _Job:
     return _Job(
         "tower, a view",
         "tower",
         "view_ms",
         lambda index: {"num_views": 1},
-        limits.tower,
+        bounds.tower,
         {"views": 1},
     )
 
 
-def _prefill(limits: Limits, num_tokens: int) -> _Job:
+def _prefill(bounds: Bounds, num_tokens: int) -> _Job:
     return _Job(
         f"prefill of {num_tokens}",
         "prefill",
         "prefill_ms",
         lambda index: {"num_tokens": num_tokens},
-        lambda spec: limits.prefill(spec, num_tokens),
+        lambda spec: bounds.prefill(spec, num_tokens),
         {"tokens": num_tokens},
     )
 

@@ -7,11 +7,10 @@ it (the libraries' are not). The first answer is to a short text, so that loadin
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ovfast.bench.record import Row
-from ovfast.bench.session import Rounds, Session
-from ovfast.bench.sides import Side, SideError, SideSpec
+from ovfast.bench.session import Session
+from ovfast.bench.sides import Rounds, Side, SideError, SideSpec
 from ovfast.bench.targets import Target
 from ovfast.bench.workloads import WORKLOADS, Media
 
@@ -79,19 +78,7 @@ def _rows(
     samples: Sequence[dict[str, float]],
     error: str | None,
 ) -> list[Row]:
-    given: dict[str, Any] = {
-        "suite": "startup",
-        "workload": "text",
-        "side": spec.side,
-        "storage": spec.storage,
-        "unit": "ms",
-        "parameters": {
-            "model": target.name,
-            "threads": target.threads,
-            "device": spec.device,
-            "file_cache": cache,
-        },
-    }
+    given = spec.head("startup", "text", target.parameters(file_cache=cache)) | {"unit": "ms"}
     if error is not None:
         return [Row(**given, metric="load_to_first_token_ms", samples=(), error=error)]
     return [

@@ -15,7 +15,7 @@ from typing import Any
 
 from ovfast.anyres import VisualOptions, VisualPlan
 from ovfast.bench import protocol, worker
-from ovfast.bench.sides import SideSpec
+from ovfast.bench.sides import Parameters, SideSpec
 from ovfast.bench.workloads import Media, Workload
 from ovfast.checkpoint import CheckpointWeights, resolve_checkpoint
 from ovfast.config import ModelConfig
@@ -91,6 +91,11 @@ class Target:
         """The model as a row names it: no path of this machine."""
         return Path(self.model).name
 
+    def parameters(self, **more: float | str) -> Parameters:
+        """What all rows of a run have in common, and more."""
+        own: dict[str, int | float | str] = {"model": self.name, "threads": self.threads}
+        return own | more
+
     def layout(self, workload: Workload) -> tuple[list[int], tuple[VisualPlan, ...]]:
         """Ids of a workload's prompt and the plans of its media."""
         ids, _, plans = self._processor.layout(
@@ -123,7 +128,7 @@ class Target:
         return dtype_name(CheckpointWeights(self.path, self.config).storage_dtype)
 
     def ovfast_side(self, storage: str = "auto", **options: Any) -> SideSpec:
-        """ovfast with its weights in a storage; "auto" is the checkpoint's.
+        """Ovfast with its weights in a storage; "auto" is the checkpoint's.
 
         Raises:
             OptionError: no such storage.

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ovfast.bench.limits import Limits
+from ovfast.bench.bounds import Bounds
 from ovfast.bench.record import Row
-from ovfast.bench.session import Loaded, Rounds, Session
-from ovfast.bench.sides import Outcome, SideSpec
+from ovfast.bench.session import Loaded, Session
+from ovfast.bench.sides import Outcome, Rounds
 from ovfast.bench.targets import Target
 from ovfast.bench.workloads import Workload
 
@@ -16,7 +16,7 @@ __all__ = ["run_throughput"]
 def run_throughput(
     session: Session,
     target: Target,
-    limits: Limits,
+    bounds: Bounds,
     sides: Sequence[Loaded],
     workloads: Sequence[Workload],
     *,
@@ -29,7 +29,7 @@ def run_throughput(
     Args:
         session: takes the rows.
         target: the checkpoint.
-        limits: floors.
+        bounds: floors.
         sides: loaded for the largest batch.
         workloads: one after the other.
         batches: numbers of requests.
@@ -50,56 +50,37 @@ def run_throughput(
             title = f"{workload.name}, batch of {batch}"
             outcomes = session.take_turns(title, sides, "answer", arguments, rounds, _brief)
             expected = len(target.layout(workload)[0])
-            parameters = {
-                "model": target.name,
-                "threads": target.threads,
-                "new_tokens": new_tokens,
-                "batch": batch,
-            }
+            parameters = target.parameters(new_tokens=new_tokens, batch=batch)
             for side, outcome in outcomes.items():
-                for row in _rows(workload, side.spec, outcome, limits, expected, parameters):
+                head = side.spec.head("throughput", workload.name, parameters)
+                floor_ms = bounds.batch_ms(workload, side.spec, new_tokens, batch)
+                for row in _rows(head, outcome, floor_ms, expected, batch * new_tokens):
                     session.add(row)
 
 
 def _rows(
-    workload: Workload,
-    spec: SideSpec,
+    head: dict[str, Any],
     outcome: Outcome,
-    limits: Limits,
+    floor_ms: float,
     expected_tokens: int,
-    parameters: dict[str, int | str],
+    new_tokens: int,
 ) -> list[Row]:
+    """Rows of one side: the rate and the time, or its error."""
     if outcome.unsupported:
         return []
-    given: dict[str, Any] = {
-        "suite": "throughput",
-        "workload": workload.name,
-        "side": spec.side,
-        "storage": spec.storage,
-        "parameters": parameters | {"device": spec.device},
-    }
-    rate = {"metric": "tokens_per_s", "unit": "tokens/s"}
+    rate = head | {"metric": "tokens_per_s", "unit": "tokens/s"}
     if outcome.error is not None:
-        return [Row(**given, **rate, samples=(), error=outcome.error)]
+        return [Row(**rate, samples=(), error=outcome.error)]
     counts = {answer["prompt_tokens"] for answers in outcome.answers for answer in answers}
-    given |= {"prompt_tokens": max(counts), "comparable": counts == {expected_tokens}}
-    batch, count = int(parameters["batch"]), int(parameters["new_tokens"])
-    floor_ms = limits.batch_ms(workload, spec, count, batch)
-    num_tokens = batch * count
+    known: dict[str, Any] = {
+        "prompt_tokens": max(counts),
+        "comparable": counts == {expected_tokens},
+    }
+    rates = tuple(map(_tokens_per_s, outcome.answers))
+    times = tuple(map(_elapsed_ms, outcome.answers))
     return [
-        Row(
-            **given,
-            **rate,
-            samples=tuple(map(_tokens_per_s, outcome.answers)),
-            floor=None if floor_ms is None else 1e3 * num_tokens / floor_ms,
-        ),
-        Row(
-            **given,
-            metric="batch_ms",
-            unit="ms",
-            samples=tuple(map(_elapsed_ms, outcome.answers)),
-            floor=floor_ms,
-        ),
+        Row(**rate, **known, samples=rates, floor=1e3 * new_tokens / floor_ms),
+        Row(**head, **known, metric="batch_ms", unit="ms", samples=times, floor=floor_ms),
     ]
 
 

@@ -173,7 +173,7 @@ class Worker:
 
     def _stream(self, request: Reply, count: int) -> Reply:
         start = time.perf_counter()
-        first = 0.0
+        first, output = 0.0, None
         for chunk in self._engine.stream(
             request["prompt"],
             images=request["images"] or None,
@@ -183,8 +183,8 @@ class Worker:
             ignore_eos=True,
         ):
             last = 1e3 * (time.perf_counter() - start)
-            first = first or last
-        return _reply(chunk.output, first, last)
+            first, output = first or last, chunk.output
+        return _reply(output, first, last)
 
     def _native_steps(self, context: int, steps: int, rows: int) -> float:
         """The native step over a cache of random keys: no prompt has to be read first."""

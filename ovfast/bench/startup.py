@@ -6,6 +6,7 @@ it (the libraries' are not). The first answer is to a short text, so that loadin
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ovfast.bench.record import Row
@@ -19,37 +20,46 @@ __all__ = ["run_startup"]
 CACHES = ("warm", "cold")
 
 
-def run_startup(
-    session: Session, target: Target, specs: Sequence[SideSpec], rounds: Rounds
-) -> None:
-    """Measures starts of each side, in turn.
+@dataclass(slots=True)
+class _Start:
+    """A side of a model, and the times of its starts so far."""
+
+    target: Target
+    spec: SideSpec
+    samples: list[dict[str, float]] = field(default_factory=list)
+    error: str | None = None
+
+
+def run_startup(session: Session, sides: Sequence[tuple[Target, SideSpec]], rounds: Rounds) -> None:
+    """Measures starts, all sides in turn.
 
     Args:
         session: takes the rows.
-        target: the checkpoint.
-        specs: each started once a round.
-        rounds: how often; the first warm start warms up.
+        sides: each started once a round, with its checkpoint.
+        rounds: how often.
     """
     for cache in CACHES:
-        samples: dict[SideSpec, list[dict[str, float]]] = {spec: [] for spec in specs}
-        errors: dict[SideSpec, str] = {}
+        starts = [_Start(target, spec) for target, spec in sides]
         for index in range(-rounds.warmup if cache == "warm" else 0, rounds.repeats):
-            for spec in specs:
-                if spec in errors:
-                    continue
-                try:
-                    times = _start(target, spec, is_cold=cache == "cold")
-                except SideError as error:
-                    errors[spec] = str(error)
-                    session.tell(f"startup, {spec.label}: failed: {error}")
-                    continue
-                brief = f"{times['load_to_first_token_ms']:.0f} ms from load to first token"
-                session.show(f"startup ({cache}), {spec.label}: {brief}")
-                if index >= 0:
-                    samples[spec].append(times)
-        for spec in specs:
-            for row in _rows(target, spec, cache, samples[spec], errors.get(spec)):
+            for start in starts:
+                if start.error is None:
+                    _measure(session, start, cache, is_counted=index >= 0)
+        for start in starts:
+            for row in _rows(start, cache):
                 session.add(row)
+
+
+def _measure(session: Session, start: _Start, cache: str, *, is_counted: bool) -> None:
+    label = f"startup ({cache}), {start.target.name}, {start.spec.label}"
+    try:
+        times = _start(start.target, start.spec, is_cold=cache == "cold")
+    except SideError as error:
+        start.error = str(error)
+        session.tell(f"{label}: failed: {error}")
+        return
+    session.show(f"{label}: {times['load_to_first_token_ms']:.0f} ms from load to first token")
+    if is_counted:
+        start.samples.append(times)
 
 
 def _start(target: Target, spec: SideSpec, *, is_cold: bool) -> dict[str, float]:
@@ -71,19 +81,14 @@ def _start(target: Target, spec: SideSpec, *, is_cold: bool) -> dict[str, float]
     }
 
 
-def _rows(
-    target: Target,
-    spec: SideSpec,
-    cache: str,
-    samples: Sequence[dict[str, float]],
-    error: str | None,
-) -> list[Row]:
-    given = spec.head("startup", "text", target.parameters(file_cache=cache)) | {"unit": "ms"}
-    if error is not None:
-        return [Row(**given, metric="load_to_first_token_ms", samples=(), error=error)]
+def _rows(start: _Start, cache: str) -> list[Row]:
+    parameters = start.target.parameters(file_cache=cache)
+    given = start.spec.head("startup", "text", parameters) | {"unit": "ms"}
+    if start.error is not None:
+        return [Row(**given, metric="load_to_first_token_ms", samples=(), error=start.error)]
     return [
-        Row(**given, metric=metric, samples=tuple(sample[metric] for sample in samples))
-        for metric in samples[0]
+        Row(**given, metric=metric, samples=tuple(times[metric] for times in start.samples))
+        for metric in start.samples[0]
     ]
 
 

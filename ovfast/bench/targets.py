@@ -87,6 +87,11 @@ class Target:
         self._processor = Processor(self.path, self.config)
 
     @property
+    def is_packed(self) -> bool:
+        """Whether only ovfast can read it."""
+        return is_packed(self.path)
+
+    @property
     def name(self) -> str:
         """The model as a row names it: no path of this machine."""
         return Path(self.model).name
@@ -119,7 +124,7 @@ class Target:
 
     def default_storage(self) -> str:
         """How ovfast keeps this checkpoint's weights if not told otherwise."""
-        if is_packed(self.path):
+        if self.is_packed:
             return PackedFile(self.path / PACKED_FILE).storage
         if self.device.type == "cuda":
             return "bfloat16"

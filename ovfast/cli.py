@@ -1,5 +1,5 @@
-"""The ``ovfast`` command: generate, explain, verify, convert, doctor, demo, bench. Parsing and printing
-only.
+"""The ``ovfast`` command: generate, explain, verify, convert, doctor, demo, bench. Parsing and
+printing only.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ no tokenizer.
 import json
 import re
 
-import gguf
 import numpy as np
 
 KINDS = {"int8": "Q8_0", "int4": "Q4_0"}
@@ -30,6 +29,8 @@ LAYER = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias)$")
 
 def write_gguf(checkpoint, out, storage):
     """Writes the file; `storage` is one of KINDS."""
+    import gguf
+
     config = json.loads((checkpoint / "config.json").read_text())
     text = config["text_config"]
     kind = gguf.GGMLQuantizationType[KINDS[storage]]
@@ -66,6 +67,8 @@ def gguf_name(name):
 
 
 def _write_sizes(writer, text, kind):
+    import gguf
+
     heads, rope = text["num_attention_heads"], text.get("rope_parameters") or {}
     writer.add_name("benchmark")
     writer.add_block_count(text["num_hidden_layers"])

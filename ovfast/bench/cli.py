@@ -22,7 +22,7 @@ from ovfast.bench.latency import DEFINITIONS, run_latency
 from ovfast.bench.machine import make_header, quiet_check
 from ovfast.bench.memory import run_memory
 from ovfast.bench.session import Session
-from ovfast.bench.sides import Rounds, SideSpec
+from ovfast.bench.sides import REPEATS, SLOW_REPEATS, Rounds, SideSpec
 from ovfast.bench.stages import CONTEXTS, PROMPT, STAGES, run_stages
 from ovfast.bench.startup import run_startup
 from ovfast.bench.targets import PEERS, Target, available_peers
@@ -67,8 +67,11 @@ Tokens = Annotated[int, typer.Option("--new-tokens", "-n", min=1, help="Of each 
 Threads = Annotated[int | None, typer.Option(min=1, help="Of every side; default all free ones.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Repeats = Annotated[
-    int | None,
-    typer.Option(min=1, help="Counted rounds. Default 30, and 6 where a side takes over a second."),
+    int,
+    typer.Option(min=1, help="Counted rounds."),
+]
+SlowRepeats = Annotated[
+    int, typer.Option(min=1, help="Counted rounds at most, where sides take over a second.")
 ]
 Warmup = Annotated[int, typer.Option(min=0, help="Rounds before that are not counted.")]
 Budget = Annotated[
@@ -90,13 +93,14 @@ def latency(
     new_tokens: Tokens = 32,
     device: Device = "auto",
     threads: Threads = None,
-    repeats: Repeats = None,
+    repeats: Repeats = REPEATS,
+    slow_repeats: SlowRepeats = SLOW_REPEATS,
     warmup: Warmup = 1,
     budget_s: Budget = NO_BUDGET,
     out: Out = None,
 ) -> None:
     """Whole requests: first token, time per token, stages, memory; sides in turn."""
-    rounds = _rounds(repeats, warmup, budget_s)
+    rounds = Rounds(repeats, slow_repeats, warmup, time.monotonic() + budget_s)
     target = Target(model, device, threads or available_threads())
     workloads = named_workloads(workload or PICTURES)
     ours = [target.ovfast_side(name) for name in storage or ["auto"]]
@@ -123,13 +127,14 @@ def stages(
     peer: Peers = None,
     device: Device = "auto",
     threads: Threads = None,
-    repeats: Repeats = None,
+    repeats: Repeats = REPEATS,
+    slow_repeats: SlowRepeats = SLOW_REPEATS,
     warmup: Warmup = 1,
     budget_s: Budget = NO_BUDGET,
     out: Out = None,
 ) -> None:
     """Single stages: a decode step by context, a view of the tower, a prefill, preprocessing."""
-    rounds = _rounds(repeats, warmup, budget_s)
+    rounds = Rounds(repeats, slow_repeats, warmup, time.monotonic() + budget_s)
     for name in stage or ():
         if name not in STAGES:
             raise OptionError(f"stage {name!r}; expected one of {', '.join(STAGES)}.")
@@ -163,13 +168,14 @@ def throughput(
     new_tokens: Tokens = 32,
     device: Device = "auto",
     threads: Threads = None,
-    repeats: Repeats = None,
+    repeats: Repeats = REPEATS,
+    slow_repeats: SlowRepeats = SLOW_REPEATS,
     warmup: Warmup = 1,
     budget_s: Budget = NO_BUDGET,
     out: Out = None,
 ) -> None:
     """Tokens a second by batch size."""
-    rounds = _rounds(repeats, warmup, budget_s)
+    rounds = Rounds(repeats, slow_repeats, warmup, time.monotonic() + budget_s)
     target = Target(model, device, threads or available_threads())
     workloads, batches = named_workloads(workload or PICTURES), batch or [1, 4, 16]
     ours = [target.ovfast_side(name, max_batch_size=max(batches)) for name in storage or ["auto"]]
@@ -290,13 +296,6 @@ def kernels(
         variants = [variants[0], *(Variant(own, name) for name in storage)]
     with _session(ctx, target, (), out) as (session, bounds):
         run_kernels(session, target, bounds, variants, seconds=seconds)
-
-
-def _rounds(repeats: int | None, warmup: int, budget_s: float) -> Rounds:
-    deadline = time.monotonic() + budget_s
-    if repeats is None:
-        return Rounds(warmup=warmup, deadline=deadline)
-    return Rounds(repeats, repeats, warmup, deadline)
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def run_kernels(
     benches = {variant: open_bench(target, variant) for variant in variants}
     for case in op_cases(target.config):
         session.show(f"kernels, {case.name}")
-        timed = []
+        timed: list[_Timed] = []
         for variant, bench in benches.items():
             if bench.ops.where[case.operation] != variant.backend:
                 continue  # it takes this one from the reference
@@ -86,13 +86,13 @@ def run_kernels(
 @torch.inference_mode()
 def _take_turns(timed: Sequence[_Timed], device: torch.device, seconds: float) -> None:
     clock = _cuda_ms if device.type == "cuda" else _host_ms
-    flush = torch.empty(FLUSH_BYTES[device.type], dtype=torch.int8, device=device)
+    flush = torch.ones(FLUSH_BYTES[device.type] // 4, device=device)
     deadline = time.monotonic() + seconds * len(timed)
     for index in range(MAX_SAMPLES):
         if index >= MIN_SAMPLES and time.monotonic() > deadline:
             break
         for one in timed:
-            flush.zero_()
+            flush.sum()
             one.samples.append(clock(one.work))
 
 

@@ -47,7 +47,7 @@ def run_latency(
     for workload in workloads:
 
         def arguments(index: int, workload: Workload = workload) -> dict[str, Any]:
-            media = workload.media(index + rounds.warmup)
+            media = workload.media(index)
             request = target.request(workload, media)
             return {"requests": [request], "max_new_tokens": new_tokens}
 

@@ -35,7 +35,7 @@ def run_memory(
     for workload in workloads:
 
         def arguments(index: int, workload: Workload = workload) -> dict[str, Any]:
-            request = target.request(workload, workload.media(index + rounds.warmup))
+            request = target.request(workload, workload.media(index))
             return {"requests": [request], "max_new_tokens": new_tokens}
 
         for spec in specs:

@@ -117,8 +117,7 @@ class Session:
             if isinstance(answer, SideError):
                 self.tell(f"{title}, {side.spec.label}: failed: {answer}")
                 return
-            count = "warm-up" if index < 0 else f"round {index + 1}"
-            self.show(f"{title} ({count}), {side.spec.label}: {brief(answer)}")
+            self.show(f"{title} (round {index + 1}), {side.spec.label}: {brief(answer)}")
 
         return take_turns(
             [loaded.side for loaded in sides],

@@ -5,6 +5,7 @@ once, so that the machine's noise meets all. A side that fails is left out of it
 dies out of all later ones; the run goes on.
 """
 
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 from ovfast.bench.protocol import encode_bytes
@@ -21,7 +23,7 @@ from ovfast.bench.protocol import encode_bytes
 __all__ = ["Outcome", "Parameters", "Rounds", "Side", "SideError", "SideSpec", "take_turns"]
 
 TAIL_CHARACTERS = 400
-SLOW_S = 1.0
+SLOW_S, COUNTED_S = 1.0, 5.0
 REPEATS, SLOW_REPEATS = 30, 6  # from six pairs on there is an interval of the median
 Parameters = Mapping[str, int | float | str]
 
@@ -186,8 +188,9 @@ class Rounds:
 
     Attributes:
         repeats: counted rounds.
-        slow_repeats: instead, where a side takes longer than SLOW_S.
-        warmup: rounds before them.
+        slow_repeats: instead, where sides take longer than SLOW_S on average.
+        warmup: rounds before them. One in which sides take longer than COUNTED_S counts: what a
+            first call pays for is lost in it.
         deadline: on the monotonic clock; after it a job gets one counted round.
     """
 
@@ -220,36 +223,58 @@ def take_turns(
     Args:
         sides: in the order of a round.
         job: of `protocol`.
-        arguments: of a round's job, the same for all sides.
+        arguments: of the job in a round, from 0 on; the same for all sides.
         rounds: how many.
-        told: called with each answer, or the error, and its round; below 0 those that warm up.
+        told: called with each answer, or the error, and its round.
 
     Returns:
         Each side's answers; those with the same index are of the same round.
     """
     outcomes = {side: Outcome() for side in sides}
-    repeats = rounds.repeats
-    for index in range(-rounds.warmup, repeats):
-        if index >= repeats or (index > 0 and time.monotonic() > rounds.deadline):
-            break
-        given, start = arguments(index), time.monotonic()
-        for side, outcome in outcomes.items():
-            if outcome.error is not None or outcome.unsupported:
-                continue
-            try:
-                answer = side.ask(job, **given)
-            except SideError as error:
-                outcome.error = str(error)
-                outcome.answers.clear()
-                outcome.peaks.clear()
-                told(side, index, error)
-                continue
-            outcome.unsupported = answer is None
-            if answer is not None:
-                told(side, index, answer)
-                if index >= 0:
-                    outcome.answers.append(answer)
-                    outcome.peaks.append(side.peak_bytes)
-        if time.monotonic() - start > SLOW_S * len(sides):
+    counted, repeats, warmup = 0, rounds.repeats, rounds.warmup
+    for index in itertools.count():
+        is_late = counted > 0 and time.monotonic() > rounds.deadline
+        running = {s: o for s, o in outcomes.items() if o.error is None and not o.unsupported}
+        if counted >= repeats or is_late or not running:
+            return outcomes
+        start = time.monotonic()
+        answers = _round(running, job, arguments(index), partial(_told, told, index))
+        mean_s = (time.monotonic() - start) / len(running)
+        if warmup > 0 and mean_s <= COUNTED_S:
+            warmup -= 1
+            continue
+        warmup, counted = 0, counted + 1
+        for side, answer in answers.items():
+            outcomes[side].answers.append(answer)
+            outcomes[side].peaks.append(side.peak_bytes)
+        if mean_s > SLOW_S:
             repeats = min(repeats, rounds.slow_repeats)
-    return outcomes
+    raise AssertionError
+
+
+def _round(
+    running: Mapping[Side, Outcome],
+    job: str,
+    arguments: Mapping[str, Any],
+    told: Callable[[Side, Any], None],
+) -> dict[Side, Any]:
+    """One answer of each side that gives one; what fails is noted in its outcome."""
+    answers = {}
+    for side, outcome in running.items():
+        try:
+            answer = side.ask(job, **arguments)
+        except SideError as error:
+            outcome.error = str(error)
+            outcome.answers.clear()
+            outcome.peaks.clear()
+            told(side, error)
+            continue
+        outcome.unsupported = answer is None
+        if answer is not None:
+            answers[side] = answer
+            told(side, answer)
+    return answers
+
+
+def _told(told: Callable[[Side, int, Any], None], index: int, side: Side, answer: Any) -> None:
+    told(side, index, answer)

@@ -42,7 +42,7 @@ def run_throughput(
             def arguments(
                 index: int, workload: Workload = workload, batch: int = batch
             ) -> dict[str, Any]:
-                first = (index + rounds.warmup) * batch
+                first = index * batch
                 media = [workload.media(first + i) for i in range(batch)]
                 requests = [target.request(workload, one) for one in media]
                 return {"requests": requests, "max_new_tokens": new_tokens}

@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ovfast.anyres import VisualOptions, VisualPlan
 from ovfast.bench.limits import Limits, measure_limits, seconds, torch_threads
-from ovfast.bench.slice_engine import VISION, open_slice, text_config
+from ovfast.bench.slice_engine import TEXT, VISION, open_slice
 from ovfast.config import ModelConfig
 from ovfast.cpu_threads import available_threads
 from ovfast.engine import Engine
 from ovfast.loading import load, resolve_device
-from ovfast.ops import Ops
+from ovfast.ops import Ops, make_ops
 from ovfast.outputs import Timings
 from ovfast.roofline import (
     Machine,
@@ -39,12 +40,13 @@ from ovfast.storage import QUANTIZATIONS, bytes_per_param
 
 __all__ = ["Calibration", "calibrate", "measure_machine"]
 
-SLICE_REPEATS, DEMO_REPEATS, ATTENTION_REPEATS = 3, 7, 5
+# The demo's milliseconds are often cut by others: so many that their median is not.
+SLICE_REPEATS, PICTURE_REPEATS, TEXT_REPEATS, ATTENTION_REPEATS = 3, 9, 31, 5
 NEW_TOKENS = 17
 DEMO_PICTURE_HW = (480, 640)
 PROMPT_TOKENS = 1024  # of the causal attention
 CACHED_TOKENS, CACHES = 2048, 32  # of single queries: together more than a cache holds
-LEAST_SHARE = 0.1  # of a stage's time that is left to its products, however noisy the rest
+LEAST_SHARE = 0.5  # of the slice's time that is left to its products, however noisy the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Calibration:
     Attributes:
         device: "cpu" or "cuda".
         backend: that was measured.
-        threads: of both torch and the native back end.
+        threads: of the native back end, or of plain torch.
         limits: the most that the machine was seen to do.
         rates: storage → what ovfast attains.
     """
@@ -108,12 +110,13 @@ def calibrate(
     """
     target = resolve_device(device)
     count = available_threads() if threads is None else threads
-    rates, used = {}, backend
-    with torch_threads(count):
-        limits = measure_limits(target, count)
-        for storage in storages:
-            rates[storage], used = _measure_rates(target, backend, storage, count)
-    return Calibration(target.type, used, count, limits, rates)
+    limits = measure_limits(target, count)
+    ops = make_ops(target, backend, threads=count)
+    # As `load` has it: torch's threads are those of plain torch, and else left alone.
+    plain = ops.backend == "reference" and target.type == "cpu"
+    with torch_threads(count if plain else torch.get_num_threads()):
+        rates = {name: _measure_rates(target, ops.backend, name, count) for name in storages}
+    return Calibration(target.type, ops.backend, count, limits, rates)
 
 
 def measure_machine(engine: Engine) -> Machine:
@@ -158,9 +161,7 @@ class AttentionRates:
     cache_gb_per_s: float
 
 
-def _measure_rates(
-    device: torch.device, backend: str, storage: str, threads: int
-) -> tuple[Rates, str]:
+def _measure_rates(device: torch.device, backend: str, storage: str, threads: int) -> Rates:
     with open_slice(device, backend, storage, threads) as engine:
         picture = _noise((VISION.image_size, VISION.image_size))
         visual = VisualOptions(max_views=1)
@@ -176,10 +177,10 @@ def _measure_rates(
         dtype="auto" if quantized else storage,
         quantization=storage if quantized else None,
     ) as engine:
-        text = _timed(engine, DEMO_REPEATS)
-        narrow = _timed(engine, DEMO_REPEATS, images=_jpeg(DEMO_PICTURE_HW))
+        text = _timed(engine, TEXT_REPEATS)
+        narrow = _timed(engine, PICTURE_REPEATS, images=_jpeg(DEMO_PICTURE_HW))
     sizes = bytes_per_param(storage), element_bytes
-    return solve(wide, narrow, text, attention, *sizes, ops.views_a_step), ops.backend
+    return solve(wide, narrow, text, attention, *sizes, ops.views_a_step)
 
 
 def solve(
@@ -276,7 +277,7 @@ def _step_rates(
         timed.timings.tpot_ms - step.cache_bytes / (cache_gb_per_s * 1e6)
         for timed, step in zip((wide, text), steps, strict=True)
     )
-    left_ms = max(wide_ms - steps[0].num_layers * layer_ms, LEAST_SHARE * wide_ms)
+    left_ms = max(wide_ms - steps[0].num_layers * layer_ms, LEAST_SHARE * wide.timings.tpot_ms)
     rate = steps[0].weight_bytes / (left_ms * 1e6)
     own_ms = max(0.0, narrow_ms - steps[1].weight_bytes / (rate * 1e6))
     return rate, own_ms / steps[1].num_layers
@@ -299,34 +300,38 @@ def _timed(engine: Engine, repeats: int, **media: Any) -> Timed:
 
 
 def _attention_rates(ops: Ops, device: torch.device, dtype: torch.dtype) -> AttentionRates:
-    text = text_config()
-    options = {"device": device, "dtype": dtype}
-    qkv = torch.randn(VISION.tokens_per_view, 3 * VISION.hidden_size, **options)  # type: ignore[call-overload]
-    heads = (text.num_heads, 2 * text.num_kv_heads)
-    q, kv = (torch.randn(PROMPT_TOKENS, n, text.head_dim, **options) for n in heads)  # type: ignore[call-overload]
-    k, v = kv.transpose(0, 1).contiguous().chunk(2)
-    shape = (CACHES, 2, text.num_kv_heads, CACHED_TOKENS, text.head_dim)
-    caches = torch.randn(shape, **options)  # type: ignore[call-overload]
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
 
-    def views() -> None:
-        ops.view_attention(qkv, VISION.num_heads, VISION.tokens_per_view)
-
-    def causal() -> None:
-        ops.causal_attention(q, k, v, range(PROMPT_TOKENS))
-
-    def single() -> None:
-        for keys, values in caches:
-            ops.decode_attention(q[-1:], keys, values)
-
+    qkv = random(VISION.tokens_per_view, 3 * VISION.hidden_size)
+    q = random(PROMPT_TOKENS, TEXT.num_heads, TEXT.head_dim)
+    k, v = random(2, TEXT.num_kv_heads, PROMPT_TOKENS, TEXT.head_dim)
+    caches = random(2, CACHES, TEXT.num_kv_heads, CACHED_TOKENS, TEXT.head_dim)
+    works = (
+        lambda: ops.view_attention(qkv, VISION.num_heads, VISION.tokens_per_view),
+        lambda: ops.causal_attention(q, k, v, range(PROMPT_TOKENS)),
+        lambda: _attend_caches(ops, q[-1:], *caches),
+    )
     with torch.inference_mode():
-        times = [
-            statistics.median(seconds(work, device, ATTENTION_REPEATS))
-            for work in (views, causal, single)
-        ]
+        times = [statistics.median(seconds(work, device, ATTENTION_REPEATS)) for work in works]
     tower = tower_stage(VISION, 1, 0).attention_flops / VISION.num_layers
-    prompt = 2 * PROMPT_TOKENS**2 * text.num_heads * text.head_dim
-    read = CACHES * CACHED_TOKENS * kv_bytes_per_token(text, dtype.itemsize) / text.num_layers
+    prompt = 2 * PROMPT_TOKENS**2 * TEXT.num_heads * TEXT.head_dim
+    read = CACHES * CACHED_TOKENS * kv_bytes_per_token(TEXT, dtype.itemsize) / TEXT.num_layers
     return AttentionRates(tower / times[0] / 1e9, prompt / times[1] / 1e9, read / times[2] / 1e9)
+
+
+def _attend_caches(ops: Ops, q: Tensor, k_caches: Tensor, v_caches: Tensor) -> None:
+    """A query over each of some caches, by the kernel of the decode step where it can be called."""
+    if ops.native is None:
+        for k, v in zip(k_caches, v_caches, strict=True):
+            ops.decode_attention(q, k, v)
+        return
+    out = torch.empty(1, q.shape[1] * q.shape[2]).numpy()
+    arrays = q.numpy(), k_caches.numpy(), v_caches.numpy()
+    last = np.array([k_caches.shape[2] - 1], np.int32)
+    for slot in range(len(k_caches)):
+        slots = np.array([slot], np.int32)
+        ops.native.decode_attention(ops.pool, *arrays, slots, last, out)
 
 
 def _noise(size_hw: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -17,9 +17,9 @@ from ovfast.ops import Ops, PackedLinear, make_ops
 __all__ = ["Limits", "best_seconds", "measure_limits", "seconds"]
 
 READ_BYTES = 256 << 20  # more than the caches of most CPUs
-ROWS, INNER, OUTER = 768, 1152, 4304  # of the tower's widest product
+ROWS, INNER, OUTER = 256, 1152, 4304  # a third of the tower's widest product: 20 ms
 PRODUCT_FLOPS = 2 * ROWS * INNER * OUTER
-REPEATS = 7
+REPEATS, READS = 25, 5  # short and many, to meet quiet moments of a busy machine
 CUDA_COPY_BYTES = 1 << 30
 CUDA_SIDE = 8192
 CUDA_LAUNCHES = 1000
@@ -112,7 +112,7 @@ def _read_rate(ops: Ops, threads: int) -> float:
     """10⁹ bytes per second."""
     if ops.native is not None:
         pool = ops.native.ThreadPool(threads)
-        return max(float(ops.native.read_bandwidth(pool, READ_BYTES)) for _ in range(3)) / 1e9
+        return max(float(ops.native.read_bandwidth(pool, READ_BYTES)) for _ in range(READS)) / 1e9
     data = torch.ones(READ_BYTES // 4)
     with torch_threads(threads):
         return data.nbytes / best_seconds(data.sum, data.device) / 1e9

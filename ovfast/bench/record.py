@@ -118,6 +118,7 @@ class Row:
         parameters: what else was fixed; "device" is one of them, "cpu" or "cuda".
         floor: the physical limit in the same unit.
         predicted: what `Estimate` says.
+        flops, num_bytes: of the work that a sample timed, as the roofline counts them.
         prompt_tokens: of the request, as the side counted them.
         comparable: false where a peer's prompt has other tokens than ours.
         error: why a side has no samples.
@@ -133,6 +134,8 @@ class Row:
     parameters: Mapping[str, int | float | str]
     floor: float | None = None
     predicted: float | None = None
+    flops: float | None = None
+    num_bytes: float | None = None
     prompt_tokens: int | None = None
     comparable: bool = True
     error: str | None = None
@@ -153,7 +156,7 @@ class Row:
         has_error = _is_text(self.error)
         _need(self.error is None or has_error, "error", self.error, "text or null")
         _need(bool(self.samples) != has_error, "samples", self.samples, "samples or an error")
-        for name in ("floor", "predicted"):
+        for name in ("floor", "predicted", "flops", "num_bytes"):
             value = getattr(self, name)
             _need(value is None or _is_number(value), name, value, "a finite number or null")
         count = self.prompt_tokens

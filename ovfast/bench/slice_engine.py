@@ -22,29 +22,34 @@ from ovfast.processor import Processor
 from ovfast.storage import DTYPES
 from ovfast.tensor_names import expected_tensors
 
-__all__ = ["VISION", "open_slice", "text_config"]
+__all__ = ["TEXT", "VISION", "open_slice", "slice_config"]
 
 VISION = VisionConfig(1152, 4304, 2, 16, 384, 14, 1e-6)
-TEXT_LAYERS = 3
-VOCABULARY = 80_000
 MAX_POSITIONS = 2048
+TEXT = TextConfig(
+    hidden_size=896,
+    intermediate_size=4864,
+    num_layers=3,
+    num_heads=14,
+    num_kv_heads=2,
+    head_dim=64,
+    vocab_size=80_000,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    max_position_embeddings=MAX_POSITIONS,
+    tie_word_embeddings=True,
+)
 SCALE = 0.02  # keeps activations near 1
 
 
-def text_config() -> TextConfig:
-    """The language model of the slice."""
-    return TextConfig(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_layers=TEXT_LAYERS,
-        num_heads=14,
-        num_kv_heads=2,
-        head_dim=64,
-        vocab_size=VOCABULARY,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=True,
+def slice_config() -> ModelConfig:
+    """The slice: the demo model's configuration but for its sizes."""
+    side = VISION.image_size
+    return replace(
+        ModelConfig.from_checkpoint(resolve_checkpoint("demo")),
+        vision=VISION,
+        text=TEXT,
+        grid_pinpoints_hw=((side, side), (side, 2 * side), (2 * side, side)),
     )
 
 
@@ -92,14 +97,7 @@ def open_slice(
     Returns:
         An Engine with the demo's tokenizer; close it.
     """
-    demo = resolve_checkpoint("demo")
-    side = VISION.image_size
-    config = replace(
-        ModelConfig.from_checkpoint(demo),
-        vision=VISION,
-        text=text_config(),
-        grid_pinpoints_hw=((side, side), (side, 2 * side), (2 * side, side)),
-    )
+    config = slice_config()
     ops = make_ops(device, backend, attention, threads=threads, storage=storage)
     dtype = torch.float32 if ops.storage else DTYPES[storage]
     has_graphs = device.type == "cuda" and ops.backend == "triton"
@@ -107,7 +105,7 @@ def open_slice(
     model = LlavaOnevision(config, RandomWeights(config), ops, dtype, device, graphs)
     return Engine(
         model,
-        Processor(demo, config),
+        Processor(resolve_checkpoint("demo"), config),
         ops,
         max_seq_len=MAX_POSITIONS,
         max_batch_size=1,

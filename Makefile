@@ -25,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-all test-matrix check sanitize format aot-table test-oldest-triton gpu clean \
-	bench bench-quick bench-full bench-record bench-kernels
+	bench bench-quick bench-full bench-record bench-prepare bench-kernels
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m ovfast demo --out demo-out
@@ -80,8 +80,7 @@ bench-full: $(VENV)/.installed $(CHECKPOINTS)/$(SIZE)/.made
 # that are not prepared give rows that say so.
 ROUNDS ?= 3
 RESULTS ?= benchmarks/results
-bench-record: $(VENV)/.installed $(CHECKPOINTS)/0.5b/.made $(CHECKPOINTS)/0.5b-int8/.made \
-		$(CHECKPOINTS)/0.5b-int4/.made
+bench-record: bench-prepare
 	$(BENCH) stages -m $(CHECKPOINTS)/0.5b $(ALL_STORAGES) -p transformers -p llama.cpp:int8 \
 		-p llama.cpp:int4 --repeats 12 --slow-repeats $(ROUNDS) --budget-s 560 \
 		--out $(RESULTS)/stages-0.5b.jsonl
@@ -89,6 +88,17 @@ bench-record: $(VENV)/.installed $(CHECKPOINTS)/0.5b/.made $(CHECKPOINTS)/0.5b-i
 		-p transformers --repeats $(ROUNDS) --out $(RESULTS)/startup-0.5b.jsonl
 	$(BENCH) latency -m $(CHECKPOINTS)/0.5b -w text -w 640x480 $(ALL_STORAGES) -p transformers \
 		-n 16 --repeats 12 --slow-repeats $(ROUNDS) --budget-s 400 --out $(RESULTS)/latency-0.5b.jsonl
+
+# What `bench-record` reads, made before.
+bench-prepare: $(VENV)/.installed $(CHECKPOINTS)/0.5b/.made $(CHECKPOINTS)/0.5b-int8/.made \
+		$(CHECKPOINTS)/0.5b-int4/.made \
+		$(if $(wildcard build/peers/llama.cpp),build/gguf/0.5b-Q8_0.gguf build/gguf/0.5b-Q4_0.gguf)
+
+build/gguf/%-Q8_0.gguf: $(CHECKPOINTS)/%/.made
+	build/peers/llama.cpp/bin/python benchmarks/peers/gguf_file.py $(<D) $@ int8
+
+build/gguf/%-Q4_0.gguf: $(CHECKPOINTS)/%/.made
+	build/peers/llama.cpp/bin/python benchmarks/peers/gguf_file.py $(<D) $@ int4
 
 # Every operation on every back end, by pytest-benchmark.
 bench-kernels: $(VENV)/.bench

@@ -1,12 +1,14 @@
-"""A checkpoint's language model as a GGUF file: every matrix as Q8_0 or Q4_0, embedding and head
-included, so that weights have as many bits as ovfast's int8 and int4.
+"""A checkpoint's language model as a GGUF file: gguf_file.py CHECKPOINT OUT int8|int4
 
-Reads safetensors itself, tensor by tensor: the environment of llama.cpp has no torch. The file has
-no tokenizer.
+Every matrix is Q8_0 or Q4_0, embedding and head included, so that weights have as many bits as
+ovfast's int8 and int4. Reads safetensors itself, tensor by tensor: the environment of llama.cpp has
+no torch. The file has no tokenizer.
 """
 
 import json
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -32,6 +34,8 @@ def write_gguf(checkpoint, out, storage):
     import gguf
 
     config = json.loads((checkpoint / "config.json").read_text())
+    if "text_config" not in config:
+        raise ValueError(f"{checkpoint} has the original layout; convert its Hugging Face layout")
     text = config["text_config"]
     kind = gguf.GGMLQuantizationType[KINDS[storage]]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -57,13 +61,18 @@ def write_gguf(checkpoint, out, storage):
 
 
 def gguf_name(name):
-    """The name of a tensor of the language model; None of any other."""
+    """The name of a tensor of the language model in a Hugging Face layout; None of any other."""
     if "vision_tower" in name or "multi_modal_projector" in name or "image_newline" in name:
         return None
     found = LAYER.search(name)
     if found:
         return f"blk.{found[1]}.{PARTS[found[2]]}.{found[3]}"
     return f"{WHOLE[name.split('.')[-2]]}.weight"
+
+
+def main():
+    checkpoint, out, storage = sys.argv[1:]
+    write_gguf(Path(checkpoint), Path(out), storage)
 
 
 def _write_sizes(writer, text, kind):
@@ -101,3 +110,7 @@ def _tensors(checkpoint):
                 kinds = {"F32": np.float32, "F16": np.float16}
                 values = raw.view(kinds[entry["dtype"]]).astype(np.float32)
             yield name, values.reshape(entry["shape"])
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,8 @@ Predictions are of ovfast only.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from ovfast.bench.calibration import Calibration
 from ovfast.bench.sides import SideSpec
@@ -31,10 +32,16 @@ HALF_CACHES = ("llama.cpp",)  # keep keys and values in 16 bits on a CPU
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Milliseconds of one figure; None where nothing is known."""
+    """Of one figure, in milliseconds, and the work in it; None where nothing is known."""
 
     floor: float | None = None
     predicted: float | None = None
+    flops: float | None = None
+    num_bytes: float | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """For `record.Row`."""
+        return asdict(self)
 
 
 class Bounds:
@@ -57,18 +64,22 @@ class Bounds:
         sizes = per_param, self._kv_bytes(spec)
         estimate = estimate_request(self._config, plans, text_tokens, new_tokens, *sizes, machine)
         later = new_tokens - 1
-        ttft = Bound(estimate.ttft_floor_ms, estimate.ttft_ms)
-        tpot = Bound(estimate.tpot_floor_ms, estimate.tpot_ms)
         stages = request_stages(self._config, plans, text_tokens, per_param)
+        bounds = [self._bound(stage, machine) for stage in stages]
+        ttft = replace(_sum(bounds), predicted=estimate.ttft_ms)
+        step_work = estimate.decode_flops_per_token, estimate.decode_bytes_per_token
+        tpot = Bound(estimate.tpot_floor_ms, estimate.tpot_ms, *step_work)
         return {
             "ttft_ms": ttft,
             "tpot_ms": tpot,
             "e2e_ms": Bound(
                 _plus(ttft.floor, later, tpot.floor),
                 _plus(ttft.predicted, later, tpot.predicted),
+                _plus(ttft.flops, later, tpot.flops),
+                _plus(ttft.num_bytes, later, tpot.num_bytes),
             ),
-            "vision_ms": _sum([self._bound(stage, machine) for stage in stages[:-1]]),
-            "prefill_ms": self._bound(stages[-1], machine),
+            "vision_ms": _sum(bounds[:-1]),
+            "prefill_ms": bounds[-1],
         }
 
     def batch_ms(self, workload: Workload, spec: SideSpec, new_tokens: int, batch: int) -> float:
@@ -97,9 +108,10 @@ class Bounds:
         stage = prefill_stage(self._config.text, num_tokens, bytes_per_param(spec.storage))
         return self._bound(stage, self._machine(spec))
 
-    def work_ms(self, storage: str, flops: float, num_bytes: float) -> float | None:
-        """The floor of an operation; None where it does neither."""
-        return self._calibration.machine(storage).floor_ms(flops, num_bytes) or None
+    def work(self, storage: str, flops: float, num_bytes: float) -> Bound:
+        """Of an operation."""
+        floor = self._calibration.machine(storage).floor_ms(flops, num_bytes) or None
+        return Bound(floor, None, flops, num_bytes)
 
     def _machine(self, spec: SideSpec) -> Machine:
         machine = self._calibration.machine(spec.storage)
@@ -110,7 +122,7 @@ class Bounds:
     def _bound(self, stage: Stage, machine: Machine) -> Bound:
         rates = machine.rates
         predicted = None if rates is None else stage.predicted_ms(rates)
-        return Bound(stage.floor_ms(machine), predicted)
+        return Bound(stage.floor_ms(machine), predicted, stage.flops, stage.num_bytes)
 
     def _kv_bytes(self, spec: SideSpec) -> float:
         """Bytes of an element of the cache."""
@@ -127,11 +139,11 @@ def _plus(first: float | None, count: int, each: float | None) -> float | None:
 
 
 def _sum(bounds: list[Bound]) -> Bound:
-    floors = [bound.floor for bound in bounds]
-    predictions = [bound.predicted for bound in bounds]
+    """Of stages that run one after the other."""
     if not bounds:
         return Bound()
-    return Bound(
-        None if None in floors else sum(f for f in floors if f is not None),
-        None if None in predictions else sum(p for p in predictions if p is not None),
-    )
+    totals: dict[str, float | None] = {}
+    for name in Bound.__dataclass_fields__:
+        values = [getattr(bound, name) for bound in bounds]
+        totals[name] = None if None in values else sum(values)
+    return Bound(**totals)

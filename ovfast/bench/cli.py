@@ -4,10 +4,8 @@ Every command that measures watches the machine first, calibrates it, writes a r
 and prints a table of what it measured.
 """
 
-import shlex
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,17 +13,18 @@ import typer
 from rich.console import Console
 
 from ovfast.bench.accuracy import Variant, default_variants, run_accuracy
-from ovfast.bench.bounds import Bounds
-from ovfast.bench.calibration import calibrate
+from ovfast.bench.compare import compare as compare_records
+from ovfast.bench.compare import rerun
 from ovfast.bench.kernels import run_kernels
 from ovfast.bench.latency import DEFINITIONS, run_latency
-from ovfast.bench.machine import make_header, quiet_check
 from ovfast.bench.memory import run_memory
-from ovfast.bench.session import Session
-from ovfast.bench.sides import REPEATS, SLOW_REPEATS, Rounds, SideSpec
+from ovfast.bench.record import read
+from ovfast.bench.running import chosen_peers, measuring
+from ovfast.bench.sides import REPEATS, SLOW_REPEATS, Rounds
 from ovfast.bench.stages import CONTEXTS, PROMPT, STAGES, run_stages
 from ovfast.bench.startup import run_startup
-from ovfast.bench.targets import PEERS, Target, available_peers
+from ovfast.bench.table import print_comparison
+from ovfast.bench.targets import PEERS, Target
 from ovfast.bench.throughput import run_throughput
 from ovfast.bench.workloads import WORKLOADS, named_workloads
 from ovfast.cpu_threads import available_threads
@@ -104,8 +103,8 @@ def latency(
     target = Target(model, device, threads or available_threads())
     workloads = named_workloads(workload or PICTURES)
     ours = [target.ovfast_side(name) for name in storage or ["auto"]]
-    with _session(ctx, target, ours, out) as (session, bounds):
-        specs = [*ours, *_peers(session, target, peer)]
+    with measuring(ctx, target, ours, out, DEFINITIONS) as (session, bounds):
+        specs = [*ours, *chosen_peers(session, target, peer)]
         with session.open(specs) as sides:
             run_latency(
                 session, target, bounds, sides, workloads, new_tokens=new_tokens, rounds=rounds
@@ -140,8 +139,8 @@ def stages(
             raise OptionError(f"stage {name!r}; expected one of {', '.join(STAGES)}.")
     target = Target(model, device, threads or available_threads())
     ours = [target.ovfast_side(name) for name in storage or ["auto"]]
-    with _session(ctx, target, ours, out) as (session, bounds):
-        specs = [*ours, *_peers(session, target, peer)]
+    with measuring(ctx, target, ours, out) as (session, bounds):
+        specs = [*ours, *chosen_peers(session, target, peer)]
         with session.open(specs) as sides:
             run_stages(
                 session,
@@ -179,8 +178,8 @@ def throughput(
     target = Target(model, device, threads or available_threads())
     workloads, batches = named_workloads(workload or PICTURES), batch or [1, 4, 16]
     ours = [target.ovfast_side(name, max_batch_size=max(batches)) for name in storage or ["auto"]]
-    with _session(ctx, target, ours, out) as (session, bounds):
-        specs = [*ours, *_peers(session, target, peer)]
+    with measuring(ctx, target, ours, out) as (session, bounds):
+        specs = [*ours, *chosen_peers(session, target, peer)]
         with session.open(specs) as sides:
             run_throughput(
                 session,
@@ -212,8 +211,8 @@ def startup(
     ours = [
         (target, target.ovfast_side(name)) for target in targets for name in storage or ["auto"]
     ]
-    with _session(ctx, targets[0], (), out) as (session, _):
-        peers = [(targets[0], spec) for spec in _peers(session, targets[0], peer)]
+    with measuring(ctx, targets[0], (), out) as (session, _):
+        peers = [(targets[0], spec) for spec in chosen_peers(session, targets[0], peer)]
         run_startup(session, [*ours, *peers], Rounds(repeats=repeats, warmup=warmup))
 
 
@@ -234,8 +233,8 @@ def memory(
     target = Target(model, device, threads or available_threads())
     workloads = named_workloads(workload or ("640x480",))
     ours = [target.ovfast_side(name) for name in storage or ["auto"]]
-    with _session(ctx, target, (), out) as (session, _):
-        specs = [*ours, *_peers(session, target, peer)]
+    with measuring(ctx, target, (), out) as (session, _):
+        specs = [*ours, *chosen_peers(session, target, peer)]
         rounds = Rounds(repeats=repeats, warmup=0)
         run_memory(session, target, specs, workloads, new_tokens=new_tokens, rounds=rounds)
 
@@ -264,7 +263,7 @@ def accuracy(
         }
         for entry in demo_questions()
     ]
-    with _session(ctx, target, (), out) as (session, _):
+    with measuring(ctx, target, (), out) as (session, _):
         run_accuracy(
             session,
             default_variants(target.device.type),
@@ -274,6 +273,34 @@ def accuracy(
             device=str(target.device),
             threads=target.threads,
         )
+
+
+@app.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help="A record.")],
+    new: Annotated[
+        Path | None, typer.Argument(help="Another; without it the command of the first runs again.")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="Where the checkpoint of the first record is here."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A file for the record of that run.")] = None,
+) -> None:
+    """What became faster or slower between two records, or one and this code; exit code 1 where
+    something became slower.
+    """
+    before = read(old)
+    if new is not None:
+        if model or out:
+            raise OptionError("--model and --out are for a new run; leave NEW or them out.")
+        after = read(new)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            after = rerun(before, out or Path(folder) / "new.jsonl", model or ())
+    comparison = compare_records(before, after)
+    print_comparison(comparison, Console(highlight=False))
+    raise typer.Exit(1 if comparison.slower else 0)
 
 
 @app.command()
@@ -294,78 +321,9 @@ def kernels(
     if storage:
         own = variants[-1].backend
         variants = [variants[0], *(Variant(own, name) for name in storage)]
-    with _session(ctx, target, (), out) as (session, bounds):
+    with measuring(ctx, target, (), out) as (session, bounds):
         run_kernels(session, target, bounds, variants, seconds=seconds)
-
-
-@contextmanager
-def _session(
-    ctx: typer.Context, target: Target, ours: Sequence[SideSpec], out: Path | None
-) -> Iterator[tuple[Session, Bounds]]:
-    """A run: watches and calibrates the machine before, prints the table after."""
-    console = Console(stderr=True, highlight=False)
-    quiet = quiet_check()
-    if quiet["verdict"] == "noisy":
-        console.print(
-            f"[bold yellow]This machine is busy: others take {quiet['busy_share']:.0%} of its"
-            " processors. Figures will be noisy, and the record says so."
-        )
-    calibration = calibrate(
-        str(target.device),
-        threads=target.threads,
-        storages=tuple(dict.fromkeys(spec.storage for spec in ours)),
-    )
-    session = Session(make_header(command_line(ctx), calibration, quiet), out, console)
-    with session.progress():
-        yield session, Bounds(target, calibration)
-    _print_table(session)
-    if out is not None:
-        console.print(f"wrote {out}", highlight=False)
-
-
-def _print_table(session: Session) -> None:
-    console = Console(highlight=False)
-    for row in session.rows:
-        value = sorted(row.samples)[len(row.samples) // 2] if row.samples else row.error
-        console.print(
-            row.suite,
-            row.workload,
-            row.side,
-            row.storage,
-            row.metric,
-            value,
-            row.floor,
-            row.predicted,
-            soft_wrap=True,
-        )
-    for line in DEFINITIONS:
-        console.print(line, style="dim")
-
-
-def _peers(session: Session, target: Target, given: Sequence[str] | None) -> list[SideSpec]:
-    """The peers asked for; if none was named, transformers where it can run."""
-    if given:
-        return [target.peer_side(name) for name in given if name != "none"]
-    if available_peers(["transformers"]) and not target.is_packed:
-        return [target.peer_side("transformers")]
-    session.tell("no peer: transformers cannot run here; --peer transformers says why")
-    return []
 
 
 def _sample_files(names: Any) -> list[Path] | None:
     return [samples_path() / name for name in names] or None
-
-
-def command_line(ctx: typer.Context) -> str:
-    """The command that makes a record again: what was given, without directories of this machine
-    and without the file.
-    """
-    words = ["ovfast", "bench", ctx.command.name or ""]
-    for parameter in ctx.command.params:
-        value = ctx.params.get(parameter.name or "")
-        if parameter.name == "out" or value in (None, parameter.default):
-            continue
-        for item in value if isinstance(value, list | tuple) else [value]:
-            text = str(item)
-            words += [parameter.opts[0], Path(text).name if text.startswith("/") else text]
-    return shlex.join(words)

@@ -129,8 +129,9 @@ def _head(target: Target, case: OpCase, variant: Variant) -> dict[str, Any]:
 
 
 def _row(target: Target, bounds: Bounds, case: OpCase, one: _Timed) -> Row:
-    floor = bounds.work_ms(one.variant.storage, case.flops, one.moved_bytes)
-    return Row(**_head(target, case, one.variant), samples=tuple(one.samples), floor=floor)
+    bound = bounds.work(one.variant.storage, case.flops, one.moved_bytes)
+    head = _head(target, case, one.variant)
+    return Row(**head, samples=tuple(one.samples), **bound.fields())
 
 
 def _error_row(target: Target, case: OpCase, variant: Variant, error: str) -> Row:

@@ -95,8 +95,7 @@ def latency_rows(
             samples=samples,
             prompt_tokens=answers[0]["prompt_tokens"],
             comparable=all(answer["prompt_tokens"] == expected_tokens for answer in answers),
-            floor=bounds.get(metric, unknown).floor,
-            predicted=bounds.get(metric, unknown).predicted,
+            **bounds.get(metric, unknown).fields(),
         )
         for metric, samples in _metrics(answers, new_tokens).items()
     ]

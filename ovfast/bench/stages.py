@@ -83,8 +83,7 @@ def run_stages(
                     metric=job.metric,
                     unit="ms",
                     samples=tuple(map(float, outcome.answers)),
-                    floor=bound.floor,
-                    predicted=bound.predicted,
+                    **bound.fields(),
                     error=outcome.error,
                 )
             )

@@ -1,0 +1,87 @@
+"""One run of `ovfast bench` from the command line: watch, calibrate, measure, print.
+
+Owns what the commands share; what they measure is theirs.
+"""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from ovfast.bench.bounds import Bounds
+from ovfast.bench.calibration import calibrate
+from ovfast.bench.machine import make_header, quiet_check
+from ovfast.bench.record import Record
+from ovfast.bench.session import Session
+from ovfast.bench.sides import SideSpec
+from ovfast.bench.table import print_record
+from ovfast.bench.targets import Target, available_peers
+
+__all__ = ["chosen_peers", "command_line", "measuring"]
+
+
+@contextmanager
+def measuring(
+    ctx: typer.Context,
+    target: Target,
+    predicted: Sequence[SideSpec],
+    out: Path | None,
+    notes: Sequence[str] = (),
+) -> Iterator[tuple[Session, Bounds]]:
+    """A run: watches and calibrates the machine before, prints the table after.
+
+    Args:
+        ctx: of the command.
+        target: gives device and threads.
+        predicted: sides whose times are to be predicted; each storage takes some seconds.
+        out: a file for the record.
+        notes: printed below the table.
+
+    Yields:
+        What takes the rows, and their bounds.
+    """
+    console = Console(stderr=True, highlight=False)
+    quiet = quiet_check()
+    if quiet["verdict"] == "noisy":
+        console.print(
+            f"[bold yellow]This machine is busy: others take {quiet['busy_share']:.0%} of its"
+            " processors. Figures will be noisy, and the record says so."
+        )
+    with console.status("calibrating"):
+        storages = tuple(dict.fromkeys(spec.storage for spec in predicted))
+        calibration = calibrate(str(target.device), threads=target.threads, storages=storages)
+    session = Session(make_header(command_line(ctx), calibration, quiet), out, console)
+    with session.progress():
+        yield session, Bounds(target, calibration)
+    record = Record(session.header, tuple(session.rows))
+    print_record(record, Console(highlight=False), notes)
+    if out is not None:
+        console.print(f"wrote {out}", markup=False)
+
+
+def chosen_peers(session: Session, target: Target, given: Sequence[str] | None) -> list[SideSpec]:
+    """The peers asked for; if none was named, transformers where it can run."""
+    if given:
+        return [target.peer_side(name) for name in given if name != "none"]
+    if available_peers(["transformers"]) and not target.is_packed:
+        return [target.peer_side("transformers")]
+    session.tell("without a peer: transformers cannot run here; `--peer transformers` says why")
+    return []
+
+
+def command_line(ctx: typer.Context) -> str:
+    """The command that makes a record again: what was given, without directories of this machine
+    and without the file.
+    """
+    words = ["ovfast", "bench", ctx.command.name or ""]
+    for parameter in ctx.command.params:
+        value = ctx.params.get(parameter.name or "")
+        if parameter.name == "out" or value in (None, parameter.default):
+            continue
+        for item in value if isinstance(value, list | tuple) else [value]:
+            text = str(item)
+            words += [parameter.opts[0], Path(text).name if text.startswith("/") else text]
+    return shlex.join(words)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ovfast.bench.accuracy import Variant, default_variants, run_accuracy
 from ovfast.bench.compare import compare as compare_records
@@ -19,7 +18,7 @@ from ovfast.bench.kernels import run_kernels
 from ovfast.bench.latency import DEFINITIONS, run_latency
 from ovfast.bench.memory import run_memory
 from ovfast.bench.record import read
-from ovfast.bench.running import chosen_peers, measuring
+from ovfast.bench.running import chosen_peers, measuring, table_console
 from ovfast.bench.sides import REPEATS, SLOW_REPEATS, Rounds
 from ovfast.bench.stages import CONTEXTS, PROMPT, STAGES, run_stages
 from ovfast.bench.startup import run_startup
@@ -103,9 +102,9 @@ def latency(
     target = Target(model, device, threads or available_threads())
     workloads = named_workloads(workload or PICTURES)
     ours = [target.ovfast_side(name) for name in storage or ["auto"]]
+    peers = chosen_peers(target, peer)
     with measuring(ctx, target, ours, out, DEFINITIONS) as (session, bounds):
-        specs = [*ours, *chosen_peers(session, target, peer)]
-        with session.open(specs) as sides:
+        with session.open([*ours, *peers]) as sides:
             run_latency(
                 session, target, bounds, sides, workloads, new_tokens=new_tokens, rounds=rounds
             )
@@ -139,9 +138,9 @@ def stages(
             raise OptionError(f"stage {name!r}; expected one of {', '.join(STAGES)}.")
     target = Target(model, device, threads or available_threads())
     ours = [target.ovfast_side(name) for name in storage or ["auto"]]
+    peers = chosen_peers(target, peer)
     with measuring(ctx, target, ours, out) as (session, bounds):
-        specs = [*ours, *chosen_peers(session, target, peer)]
-        with session.open(specs) as sides:
+        with session.open([*ours, *peers]) as sides:
             run_stages(
                 session,
                 target,
@@ -178,9 +177,9 @@ def throughput(
     target = Target(model, device, threads or available_threads())
     workloads, batches = named_workloads(workload or PICTURES), batch or [1, 4, 16]
     ours = [target.ovfast_side(name, max_batch_size=max(batches)) for name in storage or ["auto"]]
+    peers = chosen_peers(target, peer)
     with measuring(ctx, target, ours, out) as (session, bounds):
-        specs = [*ours, *chosen_peers(session, target, peer)]
-        with session.open(specs) as sides:
+        with session.open([*ours, *peers]) as sides:
             run_throughput(
                 session,
                 target,
@@ -211,8 +210,8 @@ def startup(
     ours = [
         (target, target.ovfast_side(name)) for target in targets for name in storage or ["auto"]
     ]
+    peers = [(targets[0], spec) for spec in chosen_peers(targets[0], peer)]
     with measuring(ctx, targets[0], (), out) as (session, _):
-        peers = [(targets[0], spec) for spec in chosen_peers(session, targets[0], peer)]
         run_startup(session, [*ours, *peers], Rounds(repeats=repeats, warmup=warmup))
 
 
@@ -233,9 +232,10 @@ def memory(
     target = Target(model, device, threads or available_threads())
     workloads = named_workloads(workload or ("640x480",))
     ours = [target.ovfast_side(name) for name in storage or ["auto"]]
+    peers = chosen_peers(target, peer)
     with measuring(ctx, target, (), out) as (session, _):
-        specs = [*ours, *chosen_peers(session, target, peer)]
         rounds = Rounds(repeats=repeats, warmup=0)
+        specs = [*ours, *peers]
         run_memory(session, target, specs, workloads, new_tokens=new_tokens, rounds=rounds)
 
 
@@ -299,7 +299,7 @@ def compare(
         with tempfile.TemporaryDirectory() as folder:
             after = rerun(before, out or Path(folder) / "new.jsonl", model or ())
     comparison = compare_records(before, after)
-    print_comparison(comparison, Console(highlight=False))
+    print_comparison(comparison, table_console())
     raise typer.Exit(1 if comparison.slower else 0)
 
 

@@ -109,7 +109,9 @@ def _metrics(answers: Sequence[dict[str, Any]], count: int) -> dict[str, tuple[f
             (answer["e2e_ms"] - answer["ttft_ms"]) / (count - 1) for answer in answers
         )
     for stage in answers[0]["stages"]:
-        metrics[stage] = tuple(answer["stages"][stage] for answer in answers)
+        samples = tuple(answer["stages"][stage] for answer in answers)
+        if any(samples):  # text alone has no vision
+            metrics[stage] = samples
     return metrics
 
 

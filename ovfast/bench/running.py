@@ -20,7 +20,9 @@ from ovfast.bench.sides import SideSpec
 from ovfast.bench.table import print_record
 from ovfast.bench.targets import Target, available_peers
 
-__all__ = ["chosen_peers", "command_line", "measuring"]
+__all__ = ["chosen_peers", "command_line", "measuring", "table_console"]
+
+FILE_WIDTH = 180
 
 
 @contextmanager
@@ -57,18 +59,30 @@ def measuring(
     with session.progress():
         yield session, Bounds(target, calibration)
     record = Record(session.header, tuple(session.rows))
-    print_record(record, Console(highlight=False), notes)
+    print_record(record, table_console(), notes)
     if out is not None:
         console.print(f"wrote {out}", markup=False)
 
 
-def chosen_peers(session: Session, target: Target, given: Sequence[str] | None) -> list[SideSpec]:
-    """The peers asked for; if none was named, transformers where it can run."""
+def table_console() -> Console:
+    """For tables; where nobody says how wide, they are as wide as they need to be."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=FILE_WIDTH)
+
+
+def chosen_peers(target: Target, given: Sequence[str] | None) -> list[SideSpec]:
+    """The peers asked for; if none was named, transformers where it can run.
+
+    Raises:
+        OptionError: a name that is no peer's.
+    """
     if given:
         return [target.peer_side(name) for name in given if name != "none"]
     if available_peers(["transformers"]) and not target.is_packed:
         return [target.peer_side("transformers")]
-    session.tell("without a peer: transformers cannot run here; `--peer transformers` says why")
+    Console(stderr=True, style="dim", highlight=False).print(
+        "without a peer: transformers cannot run here; `--peer transformers` says why"
+    )
     return []
 
 

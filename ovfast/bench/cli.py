@@ -103,11 +103,11 @@ def latency(
     workloads = named_workloads(workload or PICTURES)
     ours = [target.ovfast_side(name) for name in storage or ["auto"]]
     peers = chosen_peers(target, peer)
-    with measuring(ctx, target, ours, out, DEFINITIONS) as (session, bounds):
-        with session.open([*ours, *peers]) as sides:
-            run_latency(
-                session, target, bounds, sides, workloads, new_tokens=new_tokens, rounds=rounds
-            )
+    with (
+        measuring(ctx, target, ours, out, DEFINITIONS) as (session, bounds),
+        session.open([*ours, *peers]) as sides,
+    ):
+        run_latency(session, target, bounds, sides, workloads, new_tokens=new_tokens, rounds=rounds)
 
 
 @app.command()
@@ -139,18 +139,20 @@ def stages(
     target = Target(model, device, threads or available_threads())
     ours = [target.ovfast_side(name) for name in storage or ["auto"]]
     peers = chosen_peers(target, peer)
-    with measuring(ctx, target, ours, out) as (session, bounds):
-        with session.open([*ours, *peers]) as sides:
-            run_stages(
-                session,
-                target,
-                bounds,
-                sides,
-                stages=[name for name in STAGES if name in (stage or STAGES)],
-                prompt_tokens=prompt_tokens,
-                contexts=sorted(context or CONTEXTS, reverse=True),
-                rounds=rounds,
-            )
+    with (
+        measuring(ctx, target, ours, out) as (session, bounds),
+        session.open([*ours, *peers]) as sides,
+    ):
+        run_stages(
+            session,
+            target,
+            bounds,
+            sides,
+            stages=[name for name in STAGES if name in (stage or STAGES)],
+            prompt_tokens=prompt_tokens,
+            contexts=sorted(context or CONTEXTS, reverse=True),
+            rounds=rounds,
+        )
 
 
 @app.command()
@@ -178,18 +180,20 @@ def throughput(
     workloads, batches = named_workloads(workload or PICTURES), batch or [1, 4, 16]
     ours = [target.ovfast_side(name, max_batch_size=max(batches)) for name in storage or ["auto"]]
     peers = chosen_peers(target, peer)
-    with measuring(ctx, target, ours, out) as (session, bounds):
-        with session.open([*ours, *peers]) as sides:
-            run_throughput(
-                session,
-                target,
-                bounds,
-                sides,
-                workloads,
-                batches=batches,
-                new_tokens=new_tokens,
-                rounds=rounds,
-            )
+    with (
+        measuring(ctx, target, ours, out) as (session, bounds),
+        session.open([*ours, *peers]) as sides,
+    ):
+        run_throughput(
+            session,
+            target,
+            bounds,
+            sides,
+            workloads,
+            batches=batches,
+            new_tokens=new_tokens,
+            rounds=rounds,
+        )
 
 
 @app.command()

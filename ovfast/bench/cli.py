@@ -102,12 +102,14 @@ def latency(
     target = Target(model, device, threads or available_threads())
     workloads = named_workloads(workload or PICTURES)
     ours = [target.ovfast_side(name) for name in storage or ["auto"]]
-    peers = chosen_peers(target, peer)
+    sides = [*ours, *chosen_peers(target, peer)]
     with (
-        measuring(ctx, target, ours, out, DEFINITIONS) as (session, bounds),
-        session.open([*ours, *peers]) as sides,
+        measuring(ctx, target, sides, out, predicts=True, notes=DEFINITIONS) as (session, bounds),
+        session.open(sides) as loaded,
     ):
-        run_latency(session, target, bounds, sides, workloads, new_tokens=new_tokens, rounds=rounds)
+        run_latency(
+            session, target, bounds, loaded, workloads, new_tokens=new_tokens, rounds=rounds
+        )
 
 
 @app.command()
@@ -138,16 +140,16 @@ def stages(
             raise OptionError(f"stage {name!r}; expected one of {', '.join(STAGES)}.")
     target = Target(model, device, threads or available_threads())
     ours = [target.ovfast_side(name) for name in storage or ["auto"]]
-    peers = chosen_peers(target, peer)
+    sides = [*ours, *chosen_peers(target, peer)]
     with (
-        measuring(ctx, target, ours, out) as (session, bounds),
-        session.open([*ours, *peers]) as sides,
+        measuring(ctx, target, sides, out, predicts=True) as (session, bounds),
+        session.open(sides) as loaded,
     ):
         run_stages(
             session,
             target,
             bounds,
-            sides,
+            loaded,
             stages=[name for name in STAGES if name in (stage or STAGES)],
             prompt_tokens=prompt_tokens,
             contexts=sorted(context or CONTEXTS, reverse=True),
@@ -179,16 +181,16 @@ def throughput(
     target = Target(model, device, threads or available_threads())
     workloads, batches = named_workloads(workload or PICTURES), batch or [1, 4, 16]
     ours = [target.ovfast_side(name, max_batch_size=max(batches)) for name in storage or ["auto"]]
-    peers = chosen_peers(target, peer)
+    sides = [*ours, *chosen_peers(target, peer)]
     with (
-        measuring(ctx, target, ours, out) as (session, bounds),
-        session.open([*ours, *peers]) as sides,
+        measuring(ctx, target, sides, out, predicts=True) as (session, bounds),
+        session.open(sides) as loaded,
     ):
         run_throughput(
             session,
             target,
             bounds,
-            sides,
+            loaded,
             workloads,
             batches=batches,
             new_tokens=new_tokens,
@@ -214,9 +216,10 @@ def startup(
     ours = [
         (target, target.ovfast_side(name)) for target in targets for name in storage or ["auto"]
     ]
-    peers = [(targets[0], spec) for spec in chosen_peers(targets[0], peer)]
-    with measuring(ctx, targets[0], (), out) as (session, _):
-        run_startup(session, [*ours, *peers], Rounds(repeats=repeats, warmup=warmup))
+    peers = chosen_peers(targets[0], peer)
+    sides = [*ours, *((targets[0], spec) for spec in peers)]
+    with measuring(ctx, targets[0], peers, out) as (session, _):
+        run_startup(session, sides, Rounds(repeats=repeats, warmup=warmup))
 
 
 @app.command()
@@ -236,11 +239,10 @@ def memory(
     target = Target(model, device, threads or available_threads())
     workloads = named_workloads(workload or ("640x480",))
     ours = [target.ovfast_side(name) for name in storage or ["auto"]]
-    peers = chosen_peers(target, peer)
-    with measuring(ctx, target, (), out) as (session, _):
+    sides = [*ours, *chosen_peers(target, peer)]
+    with measuring(ctx, target, sides, out) as (session, _):
         rounds = Rounds(repeats=repeats, warmup=0)
-        specs = [*ours, *peers]
-        run_memory(session, target, specs, workloads, new_tokens=new_tokens, rounds=rounds)
+        run_memory(session, target, sides, workloads, new_tokens=new_tokens, rounds=rounds)
 
 
 @app.command()

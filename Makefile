@@ -85,9 +85,11 @@ bench-record: bench-prepare
 		-p llama.cpp:int4 --repeats 12 --slow-repeats $(ROUNDS) --budget-s 560 \
 		--out $(RESULTS)/stages-0.5b.jsonl
 	$(BENCH) startup -m $(CHECKPOINTS)/0.5b -m $(CHECKPOINTS)/0.5b-int8 -m $(CHECKPOINTS)/0.5b-int4 \
-		-p transformers --repeats $(ROUNDS) --out $(RESULTS)/startup-0.5b.jsonl
+		-p transformers --repeats 2 --out $(RESULTS)/startup-0.5b.jsonl
 	$(BENCH) latency -m $(CHECKPOINTS)/0.5b -w text -w 640x480 $(ALL_STORAGES) -p transformers \
 		-n 16 --repeats 12 --slow-repeats $(ROUNDS) --budget-s 400 --out $(RESULTS)/latency-0.5b.jsonl
+	$(BENCH) memory -m $(CHECKPOINTS)/0.5b-int8 -p none --repeats 1 \
+		--out $(RESULTS)/memory-0.5b-int8.jsonl
 
 # What `bench-record` reads, made before.
 bench-prepare: $(VENV)/.installed $(CHECKPOINTS)/0.5b/.made $(CHECKPOINTS)/0.5b-int8/.made \

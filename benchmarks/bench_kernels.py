@@ -2,12 +2,9 @@
 
     make bench-kernels PYTEST_ARGS='-k "gate_up and int8"'
 
-The same cases as `ovfast bench kernels`, but warm: what lies in a cache is not flushed. The sizes
-are those of 0.5B; `OVFAST_BENCH_MODEL=demo` takes the demo model's.
+The same cases as `ovfast bench kernels` at the sizes of 0.5B, but warm: what lies in a cache is not
+flushed.
 """
-
-import dataclasses
-import os
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ import torch
 from ovfast.bench.accuracy import default_variants
 from ovfast.bench.kernels import open_bench
 from ovfast.bench.op_cases import op_cases
-from ovfast.bench.slice_engine import VISION, text_config
+from ovfast.bench.slice_engine import slice_config
 from ovfast.bench.targets import Target
 from ovfast.cpu_threads import available_threads
 
@@ -26,8 +23,7 @@ VARIANTS = {f"{v.backend}-{v.storage}": v for v in default_variants(DEVICE)}
 def make_target():
     """Sizes alone: a layer's are those of the full model."""
     target = Target("demo", DEVICE, available_threads())
-    if os.environ.get("OVFAST_BENCH_MODEL") != "demo":
-        target.config = dataclasses.replace(target.config, vision=VISION, text=text_config())
+    target.config = slice_config()
     return target
 
 

@@ -49,11 +49,11 @@ test-oldest-triton: $(OLDEST_TRITON)/.installed
 # ovfast beside transformers: the table for 0.5B with random weights, in 20 minutes on two cores.
 bench: $(VENV)/.installed $(CHECKPOINTS)/0.5b/.made
 	$(BENCH) latency -m $(CHECKPOINTS)/0.5b -s bfloat16 -s int8 -p transformers -n 16 \
-		--budget-s 1000 --out build/bench/latency-0.5b.jsonl $(BENCH_ARGS)
+		--budget-s 960 --out build/bench/latency-0.5b.jsonl $(BENCH_ARGS)
 
 # The same of the demo model, in two minutes.
 bench-quick: $(VENV)/.installed
-	$(BENCH) latency -s bfloat16 -s int8 -p transformers --budget-s 60 \
+	$(BENCH) latency -s bfloat16 -s int8 -p transformers -n 16 --repeats 10 --budget-s 70 \
 		--out build/bench/latency-demo.jsonl $(BENCH_ARGS)
 
 # Everything, hours long: all workloads, lengths, batches and storages. SIZE=7b needs 40 GB of disk.

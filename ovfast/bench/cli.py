@@ -73,7 +73,8 @@ SlowRepeats = Annotated[
 ]
 Warmup = Annotated[int, typer.Option(min=0, help="Rounds before that are not counted.")]
 Budget = Annotated[
-    float, typer.Option("--budget-s", help="Seconds after which no further round starts.")
+    float,
+    typer.Option("--budget-s", help="Seconds of measuring after which no further round starts."),
 ]
 Out = Annotated[Path | None, typer.Option(help="A file for the record, .jsonl.")]
 
@@ -98,7 +99,6 @@ def latency(
     out: Out = None,
 ) -> None:
     """Whole requests: first token, time per token, stages, memory; sides in turn."""
-    rounds = Rounds(repeats, slow_repeats, warmup, time.monotonic() + budget_s)
     target = Target(model, device, threads or available_threads())
     workloads = named_workloads(workload or PICTURES)
     ours = [target.ovfast_side(name) for name in storage or ["auto"]]
@@ -107,6 +107,7 @@ def latency(
         measuring(ctx, target, sides, out, predicts=True, notes=DEFINITIONS) as (session, bounds),
         session.open(sides) as loaded,
     ):
+        rounds = Rounds(repeats, slow_repeats, warmup, time.monotonic() + budget_s)
         run_latency(
             session, target, bounds, loaded, workloads, new_tokens=new_tokens, rounds=rounds
         )
@@ -134,7 +135,6 @@ def stages(
     out: Out = None,
 ) -> None:
     """Single stages: a decode step by context, a view of the tower, a prefill, preprocessing."""
-    rounds = Rounds(repeats, slow_repeats, warmup, time.monotonic() + budget_s)
     for name in stage or ():
         if name not in STAGES:
             raise OptionError(f"stage {name!r}; expected one of {', '.join(STAGES)}.")
@@ -145,6 +145,7 @@ def stages(
         measuring(ctx, target, sides, out, predicts=True) as (session, bounds),
         session.open(sides) as loaded,
     ):
+        rounds = Rounds(repeats, slow_repeats, warmup, time.monotonic() + budget_s)
         run_stages(
             session,
             target,
@@ -177,7 +178,6 @@ def throughput(
     out: Out = None,
 ) -> None:
     """Tokens a second by batch size."""
-    rounds = Rounds(repeats, slow_repeats, warmup, time.monotonic() + budget_s)
     target = Target(model, device, threads or available_threads())
     workloads, batches = named_workloads(workload or PICTURES), batch or [1, 4, 16]
     ours = [target.ovfast_side(name, max_batch_size=max(batches)) for name in storage or ["auto"]]
@@ -186,6 +186,7 @@ def throughput(
         measuring(ctx, target, sides, out, predicts=True) as (session, bounds),
         session.open(sides) as loaded,
     ):
+        rounds = Rounds(repeats, slow_repeats, warmup, time.monotonic() + budget_s)
         run_throughput(
             session,
             target,

@@ -15,7 +15,7 @@ POSITIONS = 8192
 class Peer:
     """A checkpoint in vLLM."""
 
-    def load(self, model, storage, threads, device="cpu"):
+    def load(self, model, storage, threads, device="cpu", **options):
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if device == "cpu":
@@ -34,6 +34,7 @@ class Peer:
             limit_mm_per_prompt={"image": 4, "video": 1},
             enable_prefix_caching=False,
             mm_processor_cache_gb=0,
+            **options,
         ).llm_engine
         self.count = 0
         return {

@@ -1,7 +1,6 @@
 """`ovfast bench` as a shell user meets it: on the demo model, from words to record and table."""
 
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -165,11 +164,16 @@ def test_a_command_runs_again_and_is_compared(calibrated, tmp_path, capsys, monk
     assert bench("compare", str(old), str(new), "-m", "demo") == 2
 
 
-def test_a_side_that_runs_out_says_so(monkeypatch, calibrated, tmp_path, capsys) -> None:
+def test_a_side_that_does_not_start_is_a_row(
+    monkeypatch, calibrated, tiny_checkpoint, tmp_path, capsys
+) -> None:
     monkeypatch.setattr(worker, "COMMAND", ("/bin/false",))
-    words = ("latency", "-w", "text", "-p", "none", "--out", str(tmp_path / "out.jsonl"))
-    assert bench(*words) == 0
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()[1:]]
-    assert [row["samples"] for row in rows] == [[]] * len(rows)
-    assert rows[0]["error"]
+    words = ("latency", "-m", str(tiny_checkpoint), "-w", "text", "-p", "none")
+    record = record_of(tmp_path, *words)
+    assert [row.samples for row in record.rows] == [()] * len(record.rows)
+    assert record.rows[0].error
     assert "failed" in capsys.readouterr().out
+    # No directory of this machine.
+    model = tiny_checkpoint.name
+    expected = f"ovfast bench latency --model {model} --workload text --peer none"
+    assert record.header.command == expected

@@ -57,10 +57,10 @@ def test_sides_take_turns(start, tmp_path: Path) -> None:
         return number
     """
     sides = [start(name, note.replace("NAME", repr(name))) for name in "ab"]
-    outcomes = take_turns(sides, "step", arguments, rounds=Rounds(repeats=2, warmup=1))
+    outcomes = take_turns(sides, "step", arguments, rounds=Rounds(repeats=2, warmup=2))
     turns = [word[-2:] for word in log.read_text().split()]
-    assert turns == ["a0", "b0", "a1", "b1", "a2", "b2"]
-    assert [outcome.answers for outcome in outcomes.values()] == [[1, 2]] * 2  # 0 warmed up
+    assert turns == ["a0", "b0", "a1", "b1", "a2", "b2", "a3", "b3"]
+    assert [outcome.answers for outcome in outcomes.values()] == [[2, 3]] * 2  # the rest warmed up
 
 
 def test_a_failing_side_is_reported_and_the_others_go_on(start) -> None:
@@ -175,6 +175,8 @@ def test_peaks_are_of_each_job(start) -> None:
     if not peaks[0]:
         pytest.skip("no /proc here")
     assert peaks[1] - peaks[0] > 150 << 20
-    if peaks[2] > peaks[0] + (100 << 20):
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
         pytest.skip("this system does not let a process forget its peak")
     assert peaks[2] < peaks[1] - (150 << 20)

@@ -18,6 +18,7 @@ STRESS := csrc/thread_pool.cpp tests/csrc/thread_pool_stress.cpp
 SANITIZED_OBJECTS := $(patsubst csrc/%.cpp,$(SANITIZED)/%.o,$(wildcard csrc/*.cpp))
 BENCH := $(BIN)/python -m ovfast bench
 CHECKPOINTS := build/checkpoints
+SIZE ?= 0.5b
 PEERS ?= -p transformers
 # The default number of threads of a test; more only fights over a small machine's cores.
 export OMP_NUM_THREADS ?= 2
@@ -25,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-all test-matrix check sanitize format aot-table test-oldest-triton gpu clean \
-	bench bench-quick bench-full bench-record bench-prepare bench-kernels
+	bench bench-quick bench-full bench-record bench-record-vllm bench-prepare bench-kernels
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m ovfast demo --out demo-out
@@ -57,7 +58,6 @@ bench-quick: $(VENV)/.installed
 		--out build/bench/latency-demo.jsonl $(BENCH_ARGS)
 
 # Everything, hours long: all workloads, lengths, batches and storages. SIZE=7b needs 40 GB of disk.
-SIZE ?= 0.5b
 ALL_STORAGES := -s bfloat16 -s int8 -s int4
 ALL_WORKLOADS := -w text -w 384 -w 640x480 -w 1024x768 -w 1920x1080 -w four-pictures \
 	-w 8-frames -w 32-frames
@@ -81,20 +81,25 @@ bench-full: $(VENV)/.installed $(CHECKPOINTS)/$(SIZE)/.made
 ROUNDS ?= 3
 RESULTS ?= benchmarks/results
 bench-record: bench-prepare
-	$(BENCH) stages -m $(CHECKPOINTS)/0.5b $(ALL_STORAGES) -p transformers -p llama.cpp:int8 \
+	$(BENCH) stages -m $(CHECKPOINTS)/$(SIZE) $(ALL_STORAGES) -p transformers -p llama.cpp:int8 \
 		-p llama.cpp:int4 --repeats 12 --slow-repeats $(ROUNDS) --budget-s 560 \
-		--out $(RESULTS)/stages-0.5b.jsonl
-	$(BENCH) startup -m $(CHECKPOINTS)/0.5b -m $(CHECKPOINTS)/0.5b-int8 -m $(CHECKPOINTS)/0.5b-int4 \
-		-p transformers --repeats 2 --out $(RESULTS)/startup-0.5b.jsonl
-	$(BENCH) latency -m $(CHECKPOINTS)/0.5b -w text -w 640x480 $(ALL_STORAGES) -p transformers \
-		-n 16 --repeats 12 --slow-repeats $(ROUNDS) --budget-s 400 --out $(RESULTS)/latency-0.5b.jsonl
-	$(BENCH) memory -m $(CHECKPOINTS)/0.5b-int8 -p none --repeats 1 \
-		--out $(RESULTS)/memory-0.5b-int8.jsonl
+		--out $(RESULTS)/stages-$(SIZE).jsonl
+	$(BENCH) startup -m $(CHECKPOINTS)/$(SIZE) -m $(CHECKPOINTS)/$(SIZE)-int8 -m $(CHECKPOINTS)/$(SIZE)-int4 \
+		-p transformers --repeats 2 --out $(RESULTS)/startup-$(SIZE).jsonl
+	$(BENCH) latency -m $(CHECKPOINTS)/$(SIZE) -w text -w 640x480 $(ALL_STORAGES) -p transformers \
+		-n 16 --repeats 12 --slow-repeats $(ROUNDS) --budget-s 400 --out $(RESULTS)/latency-$(SIZE).jsonl
+	$(BENCH) memory -m $(CHECKPOINTS)/$(SIZE)-int8 -p none --repeats 1 \
+		--out $(RESULTS)/memory-$(SIZE)-int8.jsonl
+
+# Beside vLLM, which compiles for minutes before it answers.
+bench-record-vllm: bench-prepare
+	$(BENCH) latency -m $(CHECKPOINTS)/$(SIZE) -w text -w 640x480 -s bfloat16 -s int8 -p vllm -n 16 \
+		--repeats 12 --slow-repeats $(ROUNDS) --out $(RESULTS)/latency-vllm-$(SIZE).jsonl
 
 # What `bench-record` reads, made before.
-bench-prepare: $(VENV)/.installed $(CHECKPOINTS)/0.5b/.made $(CHECKPOINTS)/0.5b-int8/.made \
-		$(CHECKPOINTS)/0.5b-int4/.made \
-		$(if $(wildcard build/peers/llama.cpp),build/gguf/0.5b-Q8_0.gguf build/gguf/0.5b-Q4_0.gguf)
+bench-prepare: $(VENV)/.installed $(CHECKPOINTS)/$(SIZE)/.made $(CHECKPOINTS)/$(SIZE)-int8/.made \
+		$(CHECKPOINTS)/$(SIZE)-int4/.made \
+		$(if $(wildcard build/peers/llama.cpp),build/gguf/$(SIZE)-Q8_0.gguf build/gguf/$(SIZE)-Q4_0.gguf)
 
 build/gguf/%-Q8_0.gguf: $(CHECKPOINTS)/%/.made
 	build/peers/llama.cpp/bin/python benchmarks/peers/gguf_file.py $(<D) $@ int8
@@ -119,7 +124,7 @@ $(CHECKPOINTS)/%-int4/.made: $(CHECKPOINTS)/%/.made
 	@touch $@
 
 $(CHECKPOINTS)/%/.made: | $(VENV)/.installed
-	$(BIN)/python -m tests.support.checkpoints $(@D) --size $*
+	$(BIN)/python -m tests.support.checkpoints $(@D) --size $* --layout classic
 	@touch $@
 
 # torch first, as for ourselves; llama.cpp is compiled here; vLLM for CPUs is a package of its own,

@@ -53,7 +53,7 @@ class Peer:
 
     def answer(self, requests, max_new_tokens):
         if len(requests) != 1 or requests[0]["input_ids"] is None:
-            raise ValueError("this peer answers one request at a time, of text alone")
+            return None  # one request at a time, of text alone
         ids = requests[0]["input_ids"]
         start = time.perf_counter()
         self._restart()

@@ -16,12 +16,7 @@ def main():
     subprocess.run([sys.executable, "-m", "pip", "uninstall", "--yes", *packages], check=True)
     file = Path(sysconfig.get_path("purelib")) / "torchvision" / "__init__.py"
     lines = file.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if not (line.lstrip().startswith("from") and _names(line))]
-    file.write_text("".join(kept))
-
-
-def _names(line):
-    return any(name in line for name in DROPPED)
+    file.write_text("".join(line for line in lines if line.strip(" ,\n") not in DROPPED))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 
-POSITIONS = 8192
+POSITIONS, STEP_TOKENS = 16384, 8192
 
 
 class Peer:
@@ -30,7 +30,7 @@ class Peer:
             model,
             dtype=storage,
             max_model_len=POSITIONS,
-            max_num_batched_tokens=POSITIONS,
+            max_num_batched_tokens=STEP_TOKENS,
             limit_mm_per_prompt={"image": 4, "video": 1},
             enable_prefix_caching=False,
             mm_processor_cache_gb=0,

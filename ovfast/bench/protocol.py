@@ -2,10 +2,10 @@
 
 Needs the standard library alone, because peers run in environments without ovfast: `python -P
 protocol.py PEER.py` serves the class `Peer` of a file. A job is `{"job": NAME, ...arguments}` and
-becomes a call of the method of that name; a side that has no such method says "unsupported". Bytes
-travel as base64 and are decoded before the method is called, so that its clock starts with encoded
-pictures in memory. What a side prints goes to stderr. Every answer tells the job's peak of resident
-memory.
+becomes a call of the method of that name; a side that has no such method, or returns None, does no
+such jobs. Bytes travel as base64 and are decoded before the method is called, so that its clock
+starts with encoded pictures in memory. What a side prints goes to stderr. Every answer tells the
+job's peak of resident memory.
 """
 
 import base64

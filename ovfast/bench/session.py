@@ -119,10 +119,14 @@ class Session:
                 return
             self.show(f"{title} (round {index + 1}), {side.spec.label}: {brief(answer)}")
 
-        return take_turns(
+        outcomes = take_turns(
             [loaded.side for loaded in sides],
             job,
             arguments,
             rounds=rounds,
             told=told,
         )
+        for side, outcome in outcomes.items():
+            if outcome.unsupported:
+                self.tell(f"{title}, {side.spec.label}: does no such thing")
+        return outcomes

@@ -2,7 +2,8 @@
 
 Runs at other times meet other noise, so a difference must outlive two doubts. Where both records
 hold the same peer beside ours, ours is compared in units of the peer: what slows the machine slows
-both. Elsewhere the interval is widened by as much as the machine's own limits moved between the
+both. Where ours by itself moved the other way, it was the peer that moved, and the interval is
+widened as far. Elsewhere it is widened by as much as the machine's own limits moved between the
 calibrations of the two records.
 """
 
@@ -131,11 +132,14 @@ def rerun_command(command: str, models: Sequence[str]) -> list[str]:
 
 
 def _difference(old: Row, new: Row, control: tuple[Row, Row] | None, drift: Drift) -> Difference:
+    ratio = unpaired_ratio(_costs(new), _costs(old))
     if control is not None:
         costs = [_relative(row, peer) for row, peer in zip((old, new), control, strict=True)]
-        ratio = unpaired_ratio(costs[1], costs[0])
-        return Difference(old, new, ratio, verdict(ratio), control[0].side)
-    ratio = unpaired_ratio(_costs(new), _costs(old))
+        beside = unpaired_ratio(costs[1], costs[0])
+        if (beside.median - 1) * (ratio.median - 1) < 0:  # then it was the peer that moved
+            low, high = min(beside.low, ratio.median), max(beside.high, ratio.median)
+            beside = replace(beside, low=low, high=high)
+        return Difference(old, new, beside, verdict(beside), control[0].side)
     if old.unit not in TIMES:
         return Difference(old, new, ratio, verdict(ratio), old.unit)
     wide = replace(ratio, low=ratio.low / drift[1], high=ratio.high / drift[0])

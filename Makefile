@@ -23,7 +23,8 @@ export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all test-matrix test-integrations-shapes check sanitize format aot-table test-oldest-triton gpu clean
+.PHONY: demo test test-all test-matrix test-integrations-shapes check sanitize format aot-table \
+	test-oldest-triton gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m ovfast demo --out demo-out
@@ -130,6 +131,10 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+install_cpu_torch = $(1) -m pip install "$(TORCH_CPU)+cpu" 2>/dev/null \
+	|| $(1) -m pip install --retries 1 --timeout 30 "$(TORCH_CPU)+cpu" \
+		--extra-index-url https://download.pytorch.org/whl/cpu
+
 # torch comes first: without a GPU the CPU build, or the plain dependency pulls gigabytes of CUDA.
 # "+cpu" is offered by PyTorch's own index and by many mirrors, not by PyPI.
 $(VENV)/.torch: $(VENV)/.created
@@ -137,9 +142,7 @@ $(VENV)/.torch: $(VENV)/.created
 		echo "installing torch"; $(BIN)/python -m pip install "torch>=2.11"; \
 	else \
 		echo "installing $(TORCH_CPU), CPU build"; \
-		$(BIN)/python -m pip install "$(TORCH_CPU)+cpu" 2>/dev/null \
-		|| $(BIN)/python -m pip install --retries 1 --timeout 30 "$(TORCH_CPU)+cpu" \
-			--extra-index-url https://download.pytorch.org/whl/cpu \
+		$(call install_cpu_torch,$(BIN)/python) \
 		|| { echo "no CPU build of $(TORCH_CPU) found; see README, Install" >&2; exit 1; }; \
 	fi
 	@touch $@
@@ -148,3 +151,5 @@ $(VENV)/.torch: $(VENV)/.created
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py csrc $(NATIVE)
 	$(BIN)/python -m pip install --editable ".[dev]"
 	@touch $@
+
+include benchmarks/bench.mk

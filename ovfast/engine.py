@@ -30,7 +30,7 @@ from ovfast.options import (
 )
 from ovfast.outputs import ChoiceOutput, ScoreOutput, StreamChunk
 from ovfast.processor import ModelInputs
-from ovfast.roofline import Estimate, estimate_request
+from ovfast.roofline import Estimate, Machine, estimate_request
 from ovfast.sampling import SamplingParams
 from ovfast.scoring import continuation_ids, empty_logits, fill_logits, score_continuations
 from ovfast.storage import bytes_per_param
@@ -299,8 +299,9 @@ class Engine(EngineBase):
         visual: VisualOptions | None = None,
         system: str | None = None,
         raw: bool = False,
+        machine: Machine | None = None,
     ) -> Estimate:
-        """Token counts, bytes and work of a request, from sizes alone.
+        """The Estimate of a request, from sizes alone: token counts, bytes, work, times.
 
         Args:
             prompt: as in `generate`, not a batch; sources in a chat's parts are not read.
@@ -310,9 +311,7 @@ class Engine(EngineBase):
             visual: as in `generate`.
             system: as in `generate`.
             raw: as in `generate`.
-
-        Returns:
-            An Estimate.
+            machine: of `ovfast.bench.calibration.measure_machine`; None gives no times.
         """
         self._scheduler.loaded()
         make_sampling(None, {"max_new_tokens": max_new_tokens})
@@ -327,7 +326,7 @@ class Engine(EngineBase):
         )
         text_tokens = len(input_ids) - sum(plan.num_tokens for plan in plans)
         sizes = bytes_per_param(self.storage), self.dtype.itemsize
-        return estimate_request(self.config, plans, text_tokens, max_new_tokens, *sizes)
+        return estimate_request(self.config, plans, text_tokens, max_new_tokens, *sizes, machine)
 
     def warmup(self) -> None:
         """Runs one small request twice, so that the first real one pays for no set-up.

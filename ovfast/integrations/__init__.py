@@ -1,0 +1,1 @@
+"""Drop-in surfaces, each importing its host lazily."""

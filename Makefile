@@ -10,6 +10,8 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST_TRITON := build/triton-3.6
+LMMS_EVAL := build/integrations/lmms-eval
+VLMEVALKIT := build/integrations/vlmevalkit
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h)
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
@@ -22,6 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-all test-matrix check sanitize format aot-table test-oldest-triton gpu clean
+.PHONY: test-integrations-eval
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m ovfast demo --out demo-out
@@ -41,6 +44,11 @@ test-matrix: $(OLDEST_TRITON)/.installed
 # The kernels under the oldest Triton that torch brings along, beside the environment's own.
 test-oldest-triton: $(OLDEST_TRITON)/.installed
 	@PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest -q tests/kernels/test_aot.py -k "sm_90 and bf16"
+
+# The adapters of evaluation kits through the real kits, each in an environment of its own.
+test-integrations-eval: $(LMMS_EVAL)/.installed $(VLMEVALKIT)/.installed
+	$(LMMS_EVAL)/bin/python -m pytest -q tests/integrations/test_lmms_eval.py $(PYTEST_ARGS)
+	$(VLMEVALKIT)/bin/python -m pytest -q tests/integrations/test_vlmevalkit.py $(PYTEST_ARGS)
 
 # Everything that only a CUDA device can tell; rows go to benchmarks/results/.
 gpu: $(VENV)/.installed
@@ -101,6 +109,22 @@ aot-table: $(OLDEST_TRITON)/.installed
 
 $(OLDEST_TRITON)/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLDEST_TRITON) "triton==3.6.*"
+	@touch $@
+
+# Environments on top of .venv: its torch, transformers and ovfast, and a kit with what it imports.
+# The kits' whole lists do not install beside a CPU build of torch: torchvision, and timm with it,
+# comes from PyPI for CUDA alone. lmms-eval does without; VLMEvalKit uses its Python parts, which
+# tests/integrations/torchvision_cpu.py makes importable.
+$(LMMS_EVAL)/.installed: NO_DEPS := lmms-eval==0.7.3
+$(VLMEVALKIT)/.installed: NO_DEPS := ms-vlmeval==0.0.20 torchvision==0.28.0
+
+build/integrations/%/.installed: tests/integrations/%.txt $(VENV)/.installed
+	rm -rf $(@D)
+	$(BIN)/python -m venv --without-pip $(@D)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> $$($(@D)/bin/python -c "import site; print(site.getsitepackages()[0])")/venv.pth
+	$(@D)/bin/python -m pip install --quiet --requirement $<
+	$(@D)/bin/python -m pip install --quiet --no-deps $(NO_DEPS)
 	@touch $@
 
 clean:

@@ -24,13 +24,10 @@ from tests.integrations.scene_files import held_out, with_choices, write_lines, 
 from tools.demo_scenes import MAKERS
 from tools.evaluate_demo import ask, evaluate
 
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("lmms_eval") is None,
-        reason="lmms-eval is not installed; make test-integrations-eval",
-    ),
-    pytest.mark.filterwarnings("ignore"),  # the host's are not ours to mend
-]
+if importlib.util.find_spec("lmms_eval") is None:
+    pytest.skip("lmms-eval is not installed; make test-integrations-eval", allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the host's are not ours to mend
 
 COUNT = 20
 EVERYTHING = ovfast.VisualOptions()

@@ -25,13 +25,10 @@ from tests.integrations.scene_files import held_out, write_scenes
 from tests.integrations.torchvision_cpu import define_operators
 from tools.evaluate_demo import ask
 
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("vlmeval") is None,
-        reason="VLMEvalKit is not installed; make test-integrations-eval",
-    ),
-    pytest.mark.filterwarnings("ignore"),  # the host's are not ours to mend
-]
+if importlib.util.find_spec("vlmeval") is None:
+    pytest.skip("VLMEvalKit is not installed; make test-integrations-eval", allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the host's are not ours to mend
 
 COUNT = 8
 KINDS = ("single", "several")
@@ -299,9 +296,18 @@ def test_messages_of_every_kind(model: Any, engine: ovfast.Engine, tmp_path: Pat
     assert model.generate(items, dataset="any") == expected.text
 
 
-def test_turns(model: Any, engine: ovfast.Engine, tmp_path: Path):
-    """VLMEvalKit's loop over turns hands every answer on."""
+def test_turns(model: Any, engine: ovfast.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """VLMEvalKit's loop over turns hands every answer on, as the assistant's."""
     from vlmeval.inference_mt import chat_mt
+
+    prompts: list[list[int]] = []
+    generate = model._engine.generate
+
+    def watched(inputs: Any, **options: Any) -> Any:
+        prompts.append(inputs.input_ids.tolist())
+        return generate(inputs, **options)
+
+    monkeypatch.setattr(model._engine, "generate", watched)
 
     scene = held_out("single", 1)[0].scenes[0]
     path = str(tmp_path / "scene.png")
@@ -325,6 +331,7 @@ def test_turns(model: Any, engine: ovfast.Engine, tmp_path: Path):
     ]
     expected.append(engine.generate(turns).text)
     assert answers == expected
+    assert prompts[1] == engine.prepare(turns).input_ids.tolist()
 
 
 def test_arguments(adapter: Any, engine: ovfast.Engine):

@@ -47,7 +47,7 @@ test-oldest-triton: $(OLDEST_TRITON)/.installed
 
 # The adapters of evaluation kits through the real kits, each in an environment of its own.
 test-integrations-eval: $(LMMS_EVAL)/.installed $(VLMEVALKIT)/.installed
-	$(LMMS_EVAL)/bin/python -m pytest -q tests/integrations/test_lmms_eval.py $(PYTEST_ARGS)
+	$(LMMS_EVAL)/bin/python -m pytest -q tests/integrations/test_lmms_eval*.py $(PYTEST_ARGS)
 	$(VLMEVALKIT)/bin/python -m pytest -q tests/integrations/test_vlmevalkit.py $(PYTEST_ARGS)
 
 # Everything that only a CUDA device can tell; rows go to benchmarks/results/.

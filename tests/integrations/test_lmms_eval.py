@@ -1,7 +1,7 @@
-"""The lmms-eval models, through the real lmms-eval; `make test-integrations-eval` has it.
+"""Whole runs of lmms-eval with ovfast, and the numbers of its own Hugging Face path.
 
-Whole runs of its command line over demo scenes must give the answers and scores of
-`tools/train_demo.py --evaluate`; losses are compared with lmms-eval's own Hugging Face path.
+`make test-integrations-eval` has lmms-eval. Runs over demo scenes must give the answers and scores
+of `tools/train_demo.py --evaluate`.
 """
 
 import importlib.util
@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 import ovfast
-from ovfast.errors import MediaError, OptionError, PromptError
 from tests.integrations.hf_path import load_hf
+from tests.integrations.lmms_requests import build, request, say, show, text, with_documents
 from tests.integrations.scene_files import held_out, with_choices, write_lines, write_scenes
 from tools.demo_scenes import MAKERS
 from tools.evaluate_demo import ask, evaluate
@@ -33,7 +33,6 @@ COUNT = 20
 EVERYTHING = ovfast.VisualOptions()
 TASKS = Path(__file__).parent / "lmms_tasks"
 KINDS = tuple(MAKERS)
-GREEDY = {"max_new_tokens": 48, "until": []}
 
 
 @pytest.fixture(scope="module")
@@ -162,284 +161,6 @@ def test_metrics_are_logged(chat_run: Run):
     assert "total_gen_tokens" in chat_run.output
 
 
-# From here on the classes themselves, with requests as lmms-eval makes them.
-
-Make = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def make() -> Make:
-    """make(simple, checkpoint, batch_size, **arguments) -> a model as lmms-eval builds it."""
-    from lmms_eval.models import get_model
-
-    def build(*, simple: bool = False, checkpoint: str = "demo", batch_size: int = 3, **kw: Any):
-        model = get_model("ovfast", force_simple=simple)
-        arguments = ",".join(f"{name}={value}" for name, value in kw.items())
-        return model.create_from_arg_string(
-            f"pretrained={checkpoint}" + (f",{arguments}" if arguments else ""),
-            {"batch_size": batch_size, "max_batch_size": None, "device": None},
-        )
-
-    return build
-
-
-@pytest.fixture(scope="module")
-def chat(make: Make) -> Iterator[Any]:
-    model = make()
-    yield model
-    model.clean()
-
-
-@pytest.fixture(scope="module")
-def simple(make: Make) -> Iterator[Any]:
-    model = make(simple=True)
-    yield model
-    model.clean()
-
-
-def request(kind: str, *arguments: Any, document: int = 0, **metadata: Any) -> Any:
-    from lmms_eval.api.instance import Instance
-
-    place = {"task": "scenes", "doc_id": document, "repeats": 1}
-    return Instance(kind, (*arguments, document, "scenes", "test"), 0, place | metadata)
-
-
-def say(*content: dict[str, Any]) -> Callable[[Any], list[dict[str, Any]]]:
-    return lambda document: [{"role": "user", "content": list(content)}]
-
-
-def show(pictures: list[Any]) -> list[dict[str, Any]]:
-    return [{"type": "image", "url": picture} for picture in pictures]
-
-
-def text(words: str) -> dict[str, Any]:
-    return {"type": "text", "text": words}
-
-
-def pictures_of(sample: Any) -> list[Image.Image]:
-    return [Image.fromarray(scene.image) for scene in sample.scenes]
-
-
-def with_documents(model: Any, count: int) -> Any:
-    model.task_dict = {"scenes": {"test": list(range(count))}}
-    return model
-
-
-def test_mixed_arguments_keep_the_order(chat: Any, engine: ovfast.Engine):
-    """Each request has its own generation arguments; results come back where they belong."""
-    samples = held_out("single", 8)
-    kwargs = [GREEDY | {"max_new_tokens": 2 + number % 3} for number in range(8)]
-    kwargs[5] = GREEDY | {"until": [" "]}
-    with_documents(chat, 8)
-    requests = [
-        request(
-            "generate_until",
-            "context",
-            say(*show(pictures_of(sample)), text(sample.questions[0][0])),
-            gen_kwargs,
-            document=number,
-        )
-        for number, (sample, gen_kwargs) in enumerate(zip(samples, kwargs, strict=True))
-    ]
-    hooked: list[Any] = []
-    chat.set_cache_hook(type("Hook", (), {"add_partial": lambda self, *a: hooked.append(a)})())
-    results = chat.generate_until(requests)
-    expected = [
-        engine.generate(
-            sample.questions[0][0],
-            images=[scene.image for scene in sample.scenes],
-            max_new_tokens=gen_kwargs["max_new_tokens"],
-            stop=gen_kwargs["until"],
-        )
-        for sample, gen_kwargs in zip(samples, kwargs, strict=True)
-    ]
-    assert [result.text for result in results] == [output.text for output in expected]
-    counts = [(r.token_counts.input_tokens, r.token_counts.output_tokens) for r in results]
-    usages = [output.usage for output in expected]
-    assert counts == [(usage.prompt_tokens, usage.completion_tokens) for usage in usages]
-    assert hooked == [
-        ("generate_until", ("context", gen_kwargs), output.text)
-        for gen_kwargs, output in zip(kwargs, expected, strict=True)
-    ]
-
-
-def test_throughput_history(chat: Any):
-    from lmms_eval.models.model_utils.gen_metrics import (
-        get_logged_metrics_history,
-        reset_logged_metrics,
-    )
-
-    reset_logged_metrics()
-    with_documents(chat, 1)
-    (result,) = chat.generate_until([request("generate_until", "", say(text("Hi")), GREEDY)])
-    (metrics,) = get_logged_metrics_history()
-    assert metrics["total_gen_tokens"] == result.token_counts.output_tokens > 1
-    assert 0 < metrics["ttft"] < metrics["total_elapsed_time"]
-    assert 0 < metrics["tpot"] < 1
-    assert metrics["rank"] == 0
-
-
-def test_sampling_follows_the_seed_of_lmms_eval(chat: Any):
-    import torch
-
-    with_documents(chat, 1)
-    sampled = {"do_sample": True, "temperature": 3.0, "max_new_tokens": 12}
-    requests = 4 * [request("generate_until", "", say(text("Describe the picture.")), sampled)]
-
-    def draw(seed: int) -> list[str]:
-        torch.manual_seed(seed)
-        return [result.text for result in chat.generate_until(requests)]
-
-    first = draw(1)
-    assert len(set(first)) == 4  # repeats are not copies
-    assert draw(1) == first
-    assert draw(2) != first
-
-
-def test_view_options_reach_the_engine(make: Make, engine: ovfast.Engine):
-    model = with_documents(make(max_views=1), 3)
-    samples = held_out("detail", 3)
-    results = model.generate_until(
-        [
-            request(
-                "generate_until",
-                "",
-                say(*show(pictures_of(sample)), text(sample.questions[0][0])),
-                GREEDY,
-                document=number,
-            )
-            for number, sample in enumerate(samples)
-        ]
-    )
-    model.clean()
-    base_only = ovfast.VisualOptions(max_views=1)
-    assert [r.text for r in results] == [ask(engine, sample, base_only) for sample in samples]
-    tokens = [result.token_counts.input_tokens for result in results]
-    everything = engine.prepare(samples[0].questions[0][0], images=samples[0].scenes[0].image)
-    assert tokens[0] < everything.num_tokens
-
-
-def test_tokens_by_policy(make: Make, tiny_checkpoint: Path):
-    """Two pictures of one view each: with the newline, without it, and with all views."""
-    pictures = [Image.new("RGB", (84, 84)), Image.new("RGB", (84, 84))]
-    tokens = {}
-    for policy in ("paper", "lmms_eval", "anyres"):
-        model = with_documents(make(checkpoint=str(tiny_checkpoint), token_policy=policy), 1)
-        (result,) = model.generate_until(
-            [request("generate_until", "", say(*show(pictures), text("Hi")), GREEDY)]
-        )
-        tokens[policy] = result.token_counts.input_tokens
-        model.clean()
-    assert tokens["paper"] == tokens["lmms_eval"] + 2
-    assert tokens["anyres"] > tokens["paper"] + 2 * 36
-
-
-def test_an_answer_ends_with_the_context(make: Make):
-    model = with_documents(make(max_seq_len=40), 1)
-    endless = {"max_new_tokens": 49152, "do_sample": True, "temperature": 50.0, "seed": 1}
-    (result,) = model.generate_until([request("generate_until", "", say(text("Hi")), endless)])
-    counts = result.token_counts
-    assert 10 < counts.input_tokens + counts.output_tokens <= 40
-    model.clean()
-
-
-def test_frames_as_pictures(simple: Any, engine: ovfast.Engine):
-    sample = held_out("video", 1)[0]
-    frames = pictures_of(sample)
-    with_documents(simple, 1)
-    metadata = {"task_type": "video", "sample_frames": len(frames)}
-    question = sample.questions[0][0]
-    (result,) = simple.generate_until(
-        [request("generate_until", question, GREEDY, lambda document: frames, **metadata)]
-    )
-    assert result.text == ask(engine, sample, EVERYTHING)
-
-
-def test_likelihoods_need_no_order(simple: Any, engine: ovfast.Engine):
-    """Two documents' choices, mixed: each pair belongs to its request, and unpacks as a pair."""
-    samples = held_out("single", 2)
-    with_documents(simple, 2)
-    asked = [(0, "A star."), (1, "A star."), (0, "One."), (1, "Shapes: two."), (0, "")]
-    requests = [
-        request(
-            "loglikelihood",
-            "What?",
-            # A target may be a function of the document.
-            words if words != "One." else lambda document: "One.",
-            lambda document: pictures_of(samples[document]),
-            document=document,
-        )
-        for document, words in asked
-    ]
-    results = simple.loglikelihood(requests)
-    for (document, words), (loss, greedy) in zip(asked, results, strict=True):
-        images = [scene.image for scene in samples[document].scenes]
-        (score,) = engine.score("What?", [words], images=images, include_terminator=True)
-        assert loss == pytest.approx(-score.mean_logprob, rel=1e-5)
-        assert greedy == score.is_greedy
-
-
-@pytest.mark.parametrize(
-    ("content", "error", "message"),
-    [
-        ([{"type": "audio", "url": "a.wav"}], PromptError, "'audio'"),
-        ([{"type": "video", "url": "a.mp4", "start_time": 1.0}], PromptError, "video_start"),
-        ([{"type": "image", "url": "missing.png"}], MediaError, "missing.png"),
-    ],
-)
-def test_unknown_content_is_refused(chat: Any, content: Any, error: type, message: str):
-    with_documents(chat, 3)
-    good = request("generate_until", "", say(text("Hi")), GREEDY)
-    bad = request("generate_until", "", say(*content, text("Hi")), GREEDY, document=2)
-    with pytest.raises(error, match=message) as caught:
-        chat.generate_until([good, bad])
-    assert caught.value.__notes__ == ["document 2 of task scenes"]
-
-
-def test_what_is_wrong_is_said_before_anything_runs(chat: Any):
-    with_documents(chat, 2)
-    asked: list[int] = []
-    good = request("generate_until", "", asked.append, GREEDY)
-    bad = request("generate_until", "", say(text("Hi")), GREEDY | {"num_beams": 4}, document=1)
-    with pytest.raises(OptionError, match="num_beams=4"):
-        chat.generate_until([good, bad])
-    assert asked == []
-
-
-def test_what_has_no_effect_is_said(chat: Any, caplog: pytest.LogCaptureFixture):
-    with_documents(chat, 1)
-    kwargs = GREEDY | {"image_aspect_ratio": "original", "max_new_tokens": 1}
-    chat.generate_until(2 * [request("generate_until", "", say(text("Hi")), kwargs)])
-    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    (message,) = [message for message in warned if "image_aspect_ratio='original'" in message]
-    assert "token_policy" in message
-
-
-def test_refused_arguments(make: Make, chat: Any, simple: Any):
-    with pytest.raises(OptionError, match="conv_template"):
-        make(conv_template="qwen_1_5")
-    with pytest.raises(OptionError, match="Pass --batch_size N"):
-        make(batch_size="auto")
-    with pytest.raises(OptionError, match="Leave the flag out"):
-        _ = chat.chat_template
-    with pytest.raises(OptionError, match="Add --force_simple"):
-        chat.loglikelihood([])
-    without_document = request("loglikelihood", "", "One.")
-    without_document.arguments = ("", "One.")
-    with pytest.raises(OptionError, match="acc_mutual_info"):
-        simple.loglikelihood([without_document])
-
-
-def test_system_prompt(make: Make, engine: ovfast.Engine, tmp_path: Path):
-    (tmp_path / "system.txt").write_text("Be brief.\n")
-    model = with_documents(make(system_prompt=tmp_path / "system.txt"), 1)
-    (result,) = model.generate_until([request("generate_until", "", say(text("Hi")), GREEDY)])
-    model.clean()
-    expected = engine.generate("Hi", system="Be brief.", max_new_tokens=48)
-    assert result.text == expected.text
-    assert result.token_counts.input_tokens == expected.usage.prompt_tokens
-
-
 # lmms-eval's own Hugging Face path, on a random checkpoint.
 
 PICTURES = [
@@ -450,11 +171,11 @@ PICTURES = [
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_losses_of_the_hugging_face_path(
-    count: int, make: Make, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    count: int, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Where llava_hf computes at all (hf_path.py), it gives our losses."""
     theirs = load_hf(tiny_checkpoint, monkeypatch, chat=False, repaired=True)
-    ours = make(simple=True, checkpoint=str(tiny_checkpoint), token_policy="anyres")
+    ours = build(simple=True, checkpoint=str(tiny_checkpoint), token_policy="anyres")
     pictures = PICTURES[:count]
     context = "\nWhat is it?" if count == 0 else "What is it?"  # its text has no pictures, one line
     losses = {}
@@ -483,10 +204,10 @@ def test_the_hugging_face_path_as_it_is(
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_answers_of_the_hugging_face_path(
-    count: int, make: Make, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    count: int, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ):
     theirs = load_hf(tiny_checkpoint, monkeypatch, chat=True, repaired=False)
-    ours = make(checkpoint=str(tiny_checkpoint), token_policy="anyres")
+    ours = build(checkpoint=str(tiny_checkpoint), token_policy="anyres")
     questions = ["What is it?", "Describe.", "How many?"]
     texts = {}
     for name, model in (("ours", ours), ("theirs", theirs)):

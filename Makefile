@@ -10,8 +10,6 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST_TRITON := build/triton-3.6
-LITELLM := build/integrations/litellm
-PURELIB := import sysconfig; print(sysconfig.get_path('purelib'))
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h)
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
@@ -23,7 +21,7 @@ export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all test-matrix test-integrations-shapes check sanitize format aot-table \
+.PHONY: demo test test-all test-matrix test-integrations check sanitize format aot-table \
 	test-oldest-triton gpu clean
 
 demo: $(VENV)/.installed
@@ -45,10 +43,6 @@ test-matrix: $(OLDEST_TRITON)/.installed
 test-oldest-triton: $(OLDEST_TRITON)/.installed
 	@PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest -q tests/kernels/test_aot.py -k "sm_90 and bf16"
 
-# The shapes of transformers and vLLM in .venv, LiteLLM's in an environment of its own.
-test-integrations-shapes: $(LITELLM)/.installed
-	$(BIN)/python -m pytest -q tests/integrations $(PYTEST_ARGS)
-	$(LITELLM)/bin/python -m pytest -q tests/integrations/test_litellm_provider.py $(PYTEST_ARGS)
 
 # Everything that only a CUDA device can tell; rows go to benchmarks/results/.
 gpu: $(VENV)/.installed
@@ -111,15 +105,6 @@ $(OLDEST_TRITON)/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLDEST_TRITON) "triton==3.6.*"
 	@touch $@
 
-# LiteLLM and what it brings along stand before .venv's packages, which are seen too: torch is
-# installed once.
-$(LITELLM)/.installed: $(VENV)/.installed
-	rm -rf $(LITELLM)
-	$(BIN)/python -m venv $(LITELLM)
-	echo "import site; site.addsitedir('$$($(BIN)/python -c "$(PURELIB)")')" \
-		> "$$($(LITELLM)/bin/python -c "$(PURELIB)")/beside.pth"
-	$(LITELLM)/bin/python -m pip install --quiet $$($(BIN)/python -c "import tomllib; \
-		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['litellm'])")
 	@touch $@
 
 clean:
@@ -152,4 +137,5 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py csrc $(NATIVE)
 	$(BIN)/python -m pip install --editable ".[dev]"
 	@touch $@
 
+include tests/integrations/integrations.mk
 include benchmarks/bench.mk

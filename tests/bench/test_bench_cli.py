@@ -41,7 +41,8 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def record_of(path: Path, *words: str) -> Record:
-    assert bench(*words, "--out", str(path / "out.jsonl")) == 0
+    one = () if "--threads" in words else ("--threads", "1")  # of two, others may have one
+    assert bench(*words, *one, "--out", str(path / "out.jsonl")) == 0
     return read(path / "out.jsonl")
 
 
@@ -92,10 +93,12 @@ def test_latency_of_the_demo_without_peers(calibrated, tmp_path, capsys) -> None
 @has_transformers
 def test_every_workload_has_the_prompt_that_transformers_has(calibrated, tmp_path, capsys) -> None:
     words = [word for name in WORKLOADS if name != "32-frames" for word in ("-w", name)]
-    words += ["-s", "float32", "-p", "transformers", "-p", "sglang", "-n", "3"]
+    words += ["-s", "float32", "-p", "transformers", "-p", "transformers-static", "-p", "sglang"]
+    words += ["-n", "3"]
     record = record_of(tmp_path, "latency", *words, "--repeats", "1", "--warmup", "0")
-    theirs = [row for row in record.rows if row.side == "transformers" and row.metric == "ttft_ms"]
-    assert len(theirs) == len(WORKLOADS) - 1
+    first = [row for row in record.rows if row.metric == "ttft_ms"]
+    theirs = [row for row in first if row.side.startswith("transformers")]
+    assert len(theirs) == 2 * (len(WORKLOADS) - 1)
     assert all(row.error is None and row.comparable for row in theirs)
     agreed = [row for row in record.rows if row.metric == "tokens_as_transformers"]
     # A clip's frames are resized by another library there.
@@ -175,5 +178,5 @@ def test_a_side_that_does_not_start_is_a_row(
     assert "failed" in capsys.readouterr().out
     # No directory of this machine.
     model = tiny_checkpoint.name
-    expected = f"ovfast bench latency --model {model} --workload text --peer none"
+    expected = f"ovfast bench latency --model {model} --workload text --peer none --threads 1"
     assert record.header.command == expected

@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-all test-matrix check sanitize format aot-table test-oldest-triton gpu clean \
-	bench bench-quick bench-full bench-record bench-record-vllm bench-prepare bench-kernels
+	bench bench-quick bench-full bench-record bench-record-vllm bench-prepare bench-report bench-kernels
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m ovfast demo --out demo-out
@@ -106,6 +106,10 @@ build/gguf/%-Q8_0.gguf: $(CHECKPOINTS)/%/.made
 
 build/gguf/%-Q4_0.gguf: $(CHECKPOINTS)/%/.made
 	build/peers/llama.cpp/bin/python benchmarks/peers/gguf_file.py $(<D) $@ int4
+
+# BENCHMARKS.md and its pictures, from the committed records.
+bench-report: $(VENV)/.bench
+	$(BENCH) report $(wildcard benchmarks/results/*.jsonl)
 
 # Every operation on every back end, by pytest-benchmark.
 bench-kernels: $(VENV)/.bench

@@ -18,6 +18,7 @@ from ovfast.bench.kernels import run_kernels
 from ovfast.bench.latency import DEFINITIONS, run_latency
 from ovfast.bench.memory import run_memory
 from ovfast.bench.record import read
+from ovfast.bench.report import write_report
 from ovfast.bench.running import chosen_peers, measuring, table_console
 from ovfast.bench.sides import REPEATS, SLOW_REPEATS, Rounds
 from ovfast.bench.stages import CONTEXTS, PROMPT, STAGES, run_stages
@@ -308,6 +309,19 @@ def compare(
     comparison = compare_records(before, after)
     print_comparison(comparison, table_console())
     raise typer.Exit(1 if comparison.slower else 0)
+
+
+@app.command()
+def report(
+    records: Annotated[list[Path], typer.Argument(help="Committed records.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("BENCHMARKS.md"),
+    pictures: Annotated[Path, typer.Option(help="Directory of its pictures.")] = Path(
+        "benchmarks/pictures"
+    ),
+) -> None:
+    """A page of tables and pictures from committed records; needs the extra `bench`."""
+    for path in write_report(records, out, pictures):
+        typer.echo(path)
 
 
 @app.command()

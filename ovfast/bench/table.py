@@ -21,6 +21,8 @@ from ovfast.bench.record import SUITES, Header, Record, Row
 from ovfast.bench.statistics import Ratio, summarize, verdict
 
 __all__ = [
+    "PEER_HEADINGS",
+    "ROW_HEADINGS",
     "about",
     "amount",
     "by_suite",

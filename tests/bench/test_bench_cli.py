@@ -13,9 +13,10 @@ from ovfast.bench import running, worker
 from ovfast.bench.calibration import Calibration
 from ovfast.bench.limits import Limits
 from ovfast.bench.ratios import peer_ratios
-from ovfast.bench.record import Record, read
+from ovfast.bench.record import Record, append_row, read, write_header
 from ovfast.bench.workloads import WORKLOADS
 from ovfast.ops import has_native
+from tests.bench.records import header, row
 
 has_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
@@ -70,6 +71,21 @@ def test_help_names_every_suite(capsys) -> None:
     said = capsys.readouterr().out
     for name in ("latency", "kernels", "throughput", "startup", "memory", "accuracy", "compare"):
         assert f" {name} " in said
+
+
+def test_a_record_becomes_pictures(tmp_path, capsys) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "run.jsonl"
+    write_header(file, header())
+    assert bench("plot", str(file)) == 2
+    assert "no rows that a chart shows" in capsys.readouterr().err
+    append_row(file, row(metric="vision_ms"))
+    append_row(file, row(side="transformers"))
+    append_row(file, row())
+    assert bench("plot", str(file), "--out", str(tmp_path / "plots")) == 0
+    said = capsys.readouterr().out.split()
+    assert said == [str(path) for path in map(Path, said) if path.stat().st_size > 1000]
+    assert {Path(path).suffix for path in said} == {".png", ".svg"}
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ovfast.bench.calibration import Calibration
 from ovfast.bench.ratios import OURS, PeerRatio, peer_ratios
 from ovfast.bench.record import Record, Row
-from ovfast.bench.statistics import summarize, verdict
+from ovfast.bench.statistics import Ratio, summarize, verdict
 from ovfast.bench.table import ratio_text
 from ovfast.errors import OptionError
 
@@ -117,7 +117,7 @@ def _bars_of(rows: Sequence[Row]) -> dict[str, list[Segment]]:
             bars.setdefault(label, []).append((summarize(row.samples).median, color, 1.0))
             bars.setdefault(f"limit, {row.storage}", []).append((row.floor or 0.0, color, 0.35))
     for row in rows:
-        if row.side != OURS and row.metric == "ttft_ms":
+        if row.side != OURS and row.metric == "ttft_ms" and row.comparable:
             label = f"{row.side} {row.storage}"
             bars[label] = [(summarize(row.samples).median, GRAY, 1.0)]
     return bars
@@ -180,16 +180,8 @@ def _ceilings(
         corners = sorted({span[0], min(max(ridge, span[0]), span[1]), span[1]})
         heights = [min(gflops, read * corner) for corner in corners]
         color = STORAGES[names[0]]
-        axes.plot(corners, heights, "-", color=color, linewidth=1, alpha=0.7)
-        text = f"{read:.0f} GB/s, {gflops:.0f} GFLOP/s ({', '.join(names)})"
-        axes.annotate(
-            text,
-            (span[0], heights[0]),
-            xytext=(2, 8),
-            textcoords="offset points",
-            fontsize=7,
-            color=color,
-        )
+        label = f"{', '.join(names)}: {read:.0f} GB/s, {gflops:.0f} GFLOP/s"
+        axes.plot(corners, heights, "-", color=color, linewidth=1, alpha=0.7, label=label)
 
 
 def _intensity(row: Row) -> float:
@@ -217,7 +209,7 @@ def peers(record: Record) -> "Figure | None":
     axes.set(xscale="log", xlabel="times better than the peer, pair by pair; gray: not shown")
     axes.xaxis.set_major_formatter("{x:g}×")
     axes.xaxis.set_minor_formatter("")
-    axes.margins(x=0.25)
+    axes.set_xlim(*_wide([one.ratio for one in ratios if one.ratio]))
     axes.invert_yaxis()
     return figure
 
@@ -238,10 +230,21 @@ def _whisker(axes: "Axes", place: int, one: PeerRatio) -> None:
     )
 
 
+def _wide(ratios: Sequence[Ratio]) -> tuple[float, float]:
+    """Limits of the axis: room for the text on the right, whose length is that of the ratios."""
+    low = min(1.0, *(one.low for one in ratios))
+    high = max(1.0, *(one.high for one in ratios))
+    return low / 1.1, high * max(2.0, (high / low) ** 1.3)
+
+
 def _label(one: PeerRatio) -> str:
     subject = f"{one.row.workload}, {one.row.metric.removesuffix('_ms')}"
-    batch = one.row.parameters.get("batch", 1)
-    many = "" if batch == 1 else f", batch {batch}"
+    given = {name: one.row.parameters.get(name) for name in ("context", "batch")}
+    many = "".join(
+        f", {name} {value}"
+        for name, value in given.items()
+        if value not in (None, 1) and str(value) not in subject
+    )
     return f"{subject}{many}: {one.row.storage} vs {one.peer.side} {one.peer.storage}"
 
 

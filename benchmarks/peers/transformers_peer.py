@@ -6,6 +6,7 @@ counted here by that processor's own methods, and a clip's frames are resized by
 Ids without an entry of the tokenizer and placeholders are never generated, as in ovfast.
 """
 
+import functools
 import io
 import json
 import statistics
@@ -192,6 +193,7 @@ class Peer:
         return (~allowed).nonzero()[:, 0].to(self.device)
 
     def _timed(self, function):
+        @functools.wraps(function)  # `generate` reads its signature
         def run(*args, **named):
             self._synchronize()
             start = time.perf_counter()

@@ -17,6 +17,7 @@ from ovfast.bench.compare import rerun
 from ovfast.bench.kernels import run_kernels
 from ovfast.bench.latency import DEFINITIONS, run_latency
 from ovfast.bench.memory import run_memory
+from ovfast.bench.plots import draw
 from ovfast.bench.record import read
 from ovfast.bench.report import write_report
 from ovfast.bench.running import chosen_peers, measuring, table_console
@@ -309,6 +310,22 @@ def compare(
     comparison = compare_records(before, after)
     print_comparison(comparison, table_console())
     raise typer.Exit(1 if comparison.slower else 0)
+
+
+@app.command()
+def plot(
+    record: Annotated[Path, typer.Argument(help="A record.")],
+    out: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("bench-plots"),
+) -> None:
+    """Pictures of a record, PNG and SVG; needs the extra `bench`."""
+    files = draw(read(record), out, record.stem)
+    if not files:
+        raise OptionError(
+            f"{record} has no rows that a chart shows; expected those of latency, stages or"
+            " kernels. Record one of these."
+        )
+    for path in files:
+        typer.echo(path)
 
 
 @app.command()

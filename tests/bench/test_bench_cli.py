@@ -13,9 +13,10 @@ from ovfast.bench import running, worker
 from ovfast.bench.calibration import Calibration
 from ovfast.bench.limits import Limits
 from ovfast.bench.ratios import peer_ratios
-from ovfast.bench.record import Record, read
+from ovfast.bench.record import Record, append_row, read, write_header
 from ovfast.bench.workloads import WORKLOADS
 from ovfast.ops import has_native
+from tests.bench.records import header, row
 
 has_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
@@ -41,7 +42,8 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def record_of(path: Path, *words: str) -> Record:
-    assert bench(*words, "--out", str(path / "out.jsonl")) == 0
+    one = () if "--threads" in words else ("--threads", "1")  # of two, others may have one
+    assert bench(*words, *one, "--out", str(path / "out.jsonl")) == 0
     return read(path / "out.jsonl")
 
 
@@ -71,6 +73,21 @@ def test_help_names_every_suite(capsys) -> None:
         assert f" {name} " in said
 
 
+def test_a_record_becomes_pictures(tmp_path, capsys) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "run.jsonl"
+    write_header(file, header())
+    assert bench("plot", str(file)) == 2
+    assert "no rows that a chart shows" in capsys.readouterr().err
+    append_row(file, row(metric="vision_ms"))
+    append_row(file, row(side="transformers"))
+    append_row(file, row())
+    assert bench("plot", str(file), "--out", str(tmp_path / "plots")) == 0
+    said = capsys.readouterr().out.split()
+    assert said == [str(path) for path in map(Path, said) if path.stat().st_size > 1000]
+    assert {Path(path).suffix for path in said} == {".png", ".svg"}
+
+
 @pytest.mark.slow
 def test_latency_of_the_demo_without_peers(calibrated, tmp_path, capsys) -> None:
     words = ("latency", "-w", "text", "-w", "384", "-p", "none", "-n", "4", "--repeats", "3")
@@ -92,10 +109,12 @@ def test_latency_of_the_demo_without_peers(calibrated, tmp_path, capsys) -> None
 @has_transformers
 def test_every_workload_has_the_prompt_that_transformers_has(calibrated, tmp_path, capsys) -> None:
     words = [word for name in WORKLOADS if name != "32-frames" for word in ("-w", name)]
-    words += ["-s", "float32", "-p", "transformers", "-p", "sglang", "-n", "3"]
+    words += ["-s", "float32", "-p", "transformers", "-p", "transformers-static", "-p", "sglang"]
+    words += ["-n", "3"]
     record = record_of(tmp_path, "latency", *words, "--repeats", "1", "--warmup", "0")
-    theirs = [row for row in record.rows if row.side == "transformers" and row.metric == "ttft_ms"]
-    assert len(theirs) == len(WORKLOADS) - 1
+    first = [row for row in record.rows if row.metric == "ttft_ms"]
+    theirs = [row for row in first if row.side.startswith("transformers")]
+    assert len(theirs) == 2 * (len(WORKLOADS) - 1)
     assert all(row.error is None and row.comparable for row in theirs)
     agreed = [row for row in record.rows if row.metric == "tokens_as_transformers"]
     # A clip's frames are resized by another library there.
@@ -175,5 +194,5 @@ def test_a_side_that_does_not_start_is_a_row(
     assert "failed" in capsys.readouterr().out
     # No directory of this machine.
     model = tiny_checkpoint.name
-    expected = f"ovfast bench latency --model {model} --workload text --peer none"
+    expected = f"ovfast bench latency --model {model} --workload text --peer none --threads 1"
     assert record.header.command == expected

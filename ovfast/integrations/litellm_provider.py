@@ -63,7 +63,7 @@ class Call(NamedTuple):
     deadline: float | None  # of time.monotonic
 
 
-class OVFastLLM(litellm.CustomLLM):  # type: ignore[misc]
+class OVFastLLM(litellm.CustomLLM):
     """Answers LiteLLM's calls; models are loaded when first named and kept.
 
     Args:

@@ -10,8 +10,6 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST_TRITON := build/triton-3.6
-LITELLM := build/integrations/litellm
-PURELIB := import sysconfig; print(sysconfig.get_path('purelib'))
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h)
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
@@ -23,7 +21,8 @@ export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all test-matrix test-integrations-shapes check sanitize format aot-table test-oldest-triton gpu clean
+.PHONY: demo test test-all test-matrix test-integrations check sanitize format aot-table \
+	test-oldest-triton gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m ovfast demo --out demo-out
@@ -44,10 +43,6 @@ test-matrix: $(OLDEST_TRITON)/.installed
 test-oldest-triton: $(OLDEST_TRITON)/.installed
 	@PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest -q tests/kernels/test_aot.py -k "sm_90 and bf16"
 
-# The shapes of transformers and vLLM in .venv, LiteLLM's in an environment of its own.
-test-integrations-shapes: $(LITELLM)/.installed
-	$(BIN)/python -m pytest -q tests/integrations $(PYTEST_ARGS)
-	$(LITELLM)/bin/python -m pytest -q tests/integrations/test_litellm_provider.py $(PYTEST_ARGS)
 
 # Everything that only a CUDA device can tell; rows go to benchmarks/results/.
 gpu: $(VENV)/.installed
@@ -110,15 +105,6 @@ $(OLDEST_TRITON)/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLDEST_TRITON) "triton==3.6.*"
 	@touch $@
 
-# LiteLLM and what it brings along stand before .venv's packages, which are seen too: torch is
-# installed once.
-$(LITELLM)/.installed: $(VENV)/.installed
-	rm -rf $(LITELLM)
-	$(BIN)/python -m venv $(LITELLM)
-	echo "import site; site.addsitedir('$$($(BIN)/python -c "$(PURELIB)")')" \
-		> "$$($(LITELLM)/bin/python -c "$(PURELIB)")/beside.pth"
-	$(LITELLM)/bin/python -m pip install --quiet $$($(BIN)/python -c "import tomllib; \
-		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['litellm'])")
 	@touch $@
 
 clean:
@@ -130,6 +116,10 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+install_cpu_torch = $(1) -m pip install "$(TORCH_CPU)+cpu" 2>/dev/null \
+	|| $(1) -m pip install --retries 1 --timeout 30 "$(TORCH_CPU)+cpu" \
+		--extra-index-url https://download.pytorch.org/whl/cpu
+
 # torch comes first: without a GPU the CPU build, or the plain dependency pulls gigabytes of CUDA.
 # "+cpu" is offered by PyTorch's own index and by many mirrors, not by PyPI.
 $(VENV)/.torch: $(VENV)/.created
@@ -137,9 +127,7 @@ $(VENV)/.torch: $(VENV)/.created
 		echo "installing torch"; $(BIN)/python -m pip install "torch>=2.11"; \
 	else \
 		echo "installing $(TORCH_CPU), CPU build"; \
-		$(BIN)/python -m pip install "$(TORCH_CPU)+cpu" 2>/dev/null \
-		|| $(BIN)/python -m pip install --retries 1 --timeout 30 "$(TORCH_CPU)+cpu" \
-			--extra-index-url https://download.pytorch.org/whl/cpu \
+		$(call install_cpu_torch,$(BIN)/python) \
 		|| { echo "no CPU build of $(TORCH_CPU) found; see README, Install" >&2; exit 1; }; \
 	fi
 	@touch $@
@@ -148,3 +136,6 @@ $(VENV)/.torch: $(VENV)/.created
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py csrc $(NATIVE)
 	$(BIN)/python -m pip install --editable ".[dev]"
 	@touch $@
+
+include tests/integrations/integrations.mk
+include benchmarks/bench.mk

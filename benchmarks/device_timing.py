@@ -1,10 +1,7 @@
-"""Timing on a CUDA device: interleaved races by events, ceilings of the machine, the records."""
+"""Timing on a CUDA device: interleaved races by events, and the record of a run."""
 
 from __future__ import annotations
 
-import json
-import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +9,15 @@ from typing import Any
 
 import torch
 
+from ovfast.bench.calibration import Calibration
+from ovfast.bench.record import Header, Row, append_row, write_header
+from ovfast.bench.statistics import paired_ratio, summarize, verdict
+from ovfast.roofline import Machine
+
 Work = Callable[[], Any]
+STORAGE = "bfloat16"
+# What is not ours; any other name of a race is a variant of ovfast.
+PEERS = ("transformers", "transformers-static", "transformers-fast", "torch", "sdpa", "cublas")
 FLUSH_BYTES = 256 << 20  # more than any L2: what a race reads is cold, as in a request
 
 
@@ -54,118 +59,89 @@ def host_race(works: Mapping[str, Work], *, repeats: int = 15, warm: int = 3) ->
     return samples
 
 
-def summary(values: list[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile."""
-    ordered = sorted(values)
-    last = len(ordered) - 1
-    return {
-        "median_ms": statistics.median(ordered),
-        "p10_ms": ordered[round(0.1 * last)],
-        "p90_ms": ordered[round(0.9 * last)],
-    }
-
-
-class Ceilings:
-    """What this device can do, measured once: copy rate and bf16 product rate."""
-
-    def __init__(self) -> None:
-        self.bytes_per_s, self.flop_per_s = _copy_rate(), _product_rate()
-
-    def floor_ms(self, flop: float, num_bytes: float) -> float:
-        return 1e3 * max(flop / self.flop_per_s, num_bytes / self.bytes_per_s)
-
-
-def _copy_rate() -> float:
-    data = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    out = torch.empty_like(data)
-    copy = race({"copy": lambda: out.copy_(data)})["copy"]
-    return 2 * data.nbytes / (1e-3 * statistics.median(copy))
-
-
-def _product_rate(size: int = 8192) -> float:
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    product = race({"product": lambda: a @ b})["product"]
-    return 2 * size**3 / (1e-3 * statistics.median(product))
-
-
 class Records:
-    """Rows of one run, written as soon as they are known, and what they were measured on."""
+    """Rows of one run, written as soon as they are known, and printed.
 
-    def __init__(self, path: Path, budget_s: float) -> None:
+    Args:
+        path: of the file, `ovfast.bench.record`'s format.
+        budget_s: no section starts after it.
+        header: of the file.
+    """
+
+    def __init__(self, path: Path, budget_s: float, header: Header) -> None:
         self._path, self._deadline = path, time.monotonic() + budget_s
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
+        self._threads = header.threads
+        self.machine: Machine = Calibration.from_dict(header.machine).machine(STORAGE)
+        write_header(path, header)
 
     @property
     def is_over(self) -> bool:
         return time.monotonic() > self._deadline
 
-    def write(self, section: str, **row: Any) -> None:
-        """Appends one row and prints it."""
-        with self._path.open("a") as stream:
-            stream.write(json.dumps({"section": section, **row}) + "\n")
-        shown = " ".join(f"{key}={_short(value)}" for key, value in row.items() if key != "samples")
-        print(f"{section:12} {shown}", flush=True)
+    def write(self, side: str, metric: str, unit: str, **given: Any) -> None:
+        """Appends one row and prints it.
+
+        Args:
+            side: "ovfast" or the name of a peer.
+            metric: of `record.Row`.
+            unit: of `record.Row`.
+            **given: other fields of `record.Row`.
+        """
+        parameters = {"device": "cuda", "threads": self._threads} | given.pop("parameters", {})
+        given.setdefault("samples", ())
+        row = Row(
+            side=side, metric=metric, unit=unit, storage=STORAGE, parameters=parameters, **given
+        )
+        append_row(self._path, row)
+        said = row.error or f"{summarize(row.samples).median:.4g} {unit}"
+        if row.floor is not None and row.samples:
+            said += f", limit {row.floor:.4g} {unit}"
+        variant = row.parameters.get("variant", "")
+        print(f"{row.workload:32} {side} {variant} {metric}: {said}", flush=True)
+
+    def failed(self, suite: str, workload: str, error: str) -> None:
+        """A row of something that could not be measured."""
+        self.write("ovfast", "call_ms", "ms", suite=suite, workload=workload, error=error)
 
     def race(
         self,
-        section: str,
-        name: str,
+        suite: str,
+        workload: str,
         samples: Mapping[str, list[float]],
-        ceilings: Ceilings,
         *,
+        metric: str = "call_ms",
         flop: float = 0.0,
         num_bytes: float = 0.0,
+        parameters: Mapping[str, int | float | str] | None = None,
     ) -> None:
-        """One row of a race: "ovfast" beside the others, the floor, and the share of it."""
-        times = {who: summary(values) for who, values in samples.items()}
-        ours = times["ovfast"]["median_ms"]
-        row: dict[str, Any] = {"name": name, "times": times}
-        floor = ceilings.floor_ms(flop, num_bytes)
-        if floor > 0:
-            row |= {"floor_ms": floor, "share_of_limit": floor / ours}
-        if flop:
-            row["tflop_per_s"] = flop / ours / 1e9
-        if num_bytes:
-            row["gb_per_s"] = num_bytes / ours / 1e6
-        for who, values in samples.items():
-            if who != "ovfast":
-                pairs = [b / a for a, b in zip(samples["ovfast"], values, strict=True)]
-                row[f"times_faster_than_{who}"] = [statistics.median(pairs), min(pairs), max(pairs)]
-        self.write(section, **row, samples=dict(samples))
+        """A row for each side of a race, and how the others compare with "ovfast".
 
-
-def environment() -> dict[str, Any]:
-    """Device, driver, versions and commit."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    def run(*command: str) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "triton", "transformers", "pillow", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "device": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "driver": run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "clocks": run("nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader"),
-        "versions": versions,
-        "commit": run("git", "rev-parse", "--short", "HEAD"),
-    }
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_short(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_short, value)) + "]"
-    return str(value)
+        Args:
+            suite: of the rows.
+            workload: their name.
+            samples: milliseconds by side; names that are no peer's are variants of ovfast.
+            metric: of the rows.
+            flop: arithmetic that must be done.
+            num_bytes: that must be moved.
+            parameters: of the rows.
+        """
+        floor = self.machine.floor_ms(flop, num_bytes) or None
+        for name, values in samples.items():
+            is_variant = name != "ovfast" and name not in PEERS
+            self.write(
+                name if name in PEERS else "ovfast",
+                metric,
+                "ms",
+                suite=suite,
+                workload=workload,
+                samples=tuple(values),
+                floor=floor,
+                parameters=dict(parameters or {}) | ({"variant": name} if is_variant else {}),
+            )
+            if name != "ovfast":
+                ratio = paired_ratio(samples["ovfast"], values)
+                print(
+                    f"{workload:32} ovfast against {name}: {ratio.median:.3g} times"
+                    f" ({ratio.low:.3g} to {ratio.high:.3g}), {verdict(ratio)}",
+                    flush=True,
+                )

@@ -3,7 +3,6 @@
     python -m benchmarks.gpu [--out DIR] [--budget-s 480] [--only SECTION ...]
 
 tests      the correctness suite, `pytest -m gpu`
-ceilings   copy and bf16 product rate of this device, beside which everything else is put
 decode     a decode step by rows and context, beside its floor and transformers' generate
 ttft       first token from JPEG bytes, against transformers
 tower      SigLIP at 1 to 37 views, against transformers (sdpa, bf16), eager and by graphs
@@ -12,8 +11,10 @@ preprocess decoded picture to device pixels, against transformers' Pillow proces
 kernels    each kernel of the vision half at the tower's shapes, against what torch has
 tiles      every tile of fused_linear at every shape, from which its table is to be made
 
-Rows go to DIR/gpu-DEVICE.jsonl as soon as they are known. Weights are random, at the full size of
-0.5B; every picture is new. There is no fallback: without a CUDA device it says so and stops.
+Rows go to DIR/gpu-DEVICE.jsonl as soon as they are known, in the format of `ovfast.bench.record`;
+the header holds the copy and bf16 product rate of the device, beside which all is put. Weights are
+random, at the full size of 0.5B; every picture is new. There is no fallback: without a CUDA device
+it says so and stops.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import gpu_language
-from benchmarks.device_timing import Ceilings, Records, environment, host_race, race
+from benchmarks.device_timing import Records, host_race, race
 from ovfast.anyres import VisualGeometry, VisualOptions, plan_image, plan_video
+from ovfast.bench.calibration import Calibration
+from ovfast.bench.limits import measure_limits
+from ovfast.bench.machine import make_header, quiet_check
+from ovfast.bench.record import Header
 from ovfast.checkpoint import CheckpointWeights
 from ovfast.config import ModelConfig
 from ovfast.cuda_graphs import DEFAULT_GRAPH_BYTES, CudaCapture, GraphCache
@@ -42,6 +47,7 @@ from ovfast.kernels import attention, fused_linear, layer_norm
 from ovfast.models.llava_onevision import LlavaOnevision
 from ovfast.ops import make_ops
 from ovfast.pixels import view_pixels
+from ovfast.roofline import vision_flops
 from tests.support.checkpoints import PRESETS, make_checkpoint
 from tests.support.requests import Request, Span
 
@@ -58,7 +64,6 @@ class Bench:
     """What the sections share."""
 
     records: Records
-    ceilings: Ceilings
     checkpoint: Path
     model: LlavaOnevision
 
@@ -86,15 +91,6 @@ class Bench:
         from transformers import LlavaOnevisionImageProcessorPil
 
         return LlavaOnevisionImageProcessorPil.from_pretrained(self.checkpoint)
-
-
-def tower_flop(config: ModelConfig, num_views: int) -> float:
-    """Products and attention of the tower, 2 a multiply-add."""
-    vision = config.vision
-    rows, width = num_views * vision.tokens_per_view, vision.hidden_size
-    products = 2 * rows * (4 * width * width + 2 * width * vision.intermediate_size)
-    attention = 4 * num_views * vision.tokens_per_view**2 * width
-    return float(vision.num_layers * (products + attention))
 
 
 def random_pixels(*shape: int) -> np.ndarray:
@@ -131,8 +127,10 @@ def _race_tower(bench: Bench, theirs: Any, num_views: int) -> None:
         samples = race({"ovfast": replayed, "eager": eager, "transformers": upstream})
     finally:
         ours._graphs = graphs
-    flop = tower_flop(bench.model.config, num_views)
-    bench.records.race("tower", f"{num_views} views", samples, bench.ceilings, flop=flop)
+    flop = float(vision_flops(bench.model.config.vision, num_views))
+    bench.records.race(
+        "latency", f"tower, {num_views} views", samples, metric="tower_ms", flop=flop
+    )
 
 
 def _request(bench: Bench, pixels: np.ndarray) -> Any:
@@ -154,8 +152,10 @@ def vision(bench: Bench) -> None:
         _race_vision(bench, theirs, random_pixels(*size_hw))
     clip = _request(bench, random_pixels(NUM_FRAMES, *FRAME_HW))
     samples = host_race({"ovfast": lambda: bench.model.build_inputs_embeds(clip)})
-    flop = tower_flop(bench.model.config, NUM_FRAMES)
-    bench.records.race("vision", f"{NUM_FRAMES} frames", samples, bench.ceilings, flop=flop)
+    flop = float(vision_flops(bench.model.config.vision, NUM_FRAMES))
+    bench.records.race(
+        "latency", f"vision, {NUM_FRAMES} frames", samples, metric="vision_ms", flop=flop
+    )
 
 
 def _race_vision(bench: Bench, theirs: Any, pixels: np.ndarray) -> None:
@@ -172,9 +172,9 @@ def _race_vision(bench: Bench, theirs: Any, pixels: np.ndarray) -> None:
 
     samples = host_race({"ovfast": ours, "transformers": upstream})
     num_views = request.plans[0].num_views
-    flop = tower_flop(bench.model.config, num_views)
-    name = f"{pixels.shape[1]}x{pixels.shape[0]}, {num_views} views"
-    bench.records.race("vision", name, samples, bench.ceilings, flop=flop)
+    flop = float(vision_flops(bench.model.config.vision, num_views))
+    name = f"vision, {pixels.shape[1]}x{pixels.shape[0]}, {num_views} views"
+    bench.records.race("latency", name, samples, metric="vision_ms", flop=flop)
 
 
 @torch.inference_mode()
@@ -192,16 +192,23 @@ def _race_preprocess(bench: Bench, pixels: np.ndarray) -> None:
             CUDA, DTYPE
         ),
     }
-    name = f"{pixels.shape[1]}x{pixels.shape[0]}"
+    name = f"preprocess {pixels.shape[1]}x{pixels.shape[0]}"
     try:
         from transformers import LlavaOnevisionImageProcessorFast
 
         fast = LlavaOnevisionImageProcessorFast.from_pretrained(bench.checkpoint)
-        works["transformers_fast"] = lambda: fast([pixels], return_tensors="pt", device="cuda")
+        works["transformers-fast"] = lambda: fast([pixels], return_tensors="pt", device="cuda")
     except ImportError as error:
-        bench.records.write("preprocess", name=name, without_fast_processor=str(error))
+        bench.records.write(
+            "transformers-fast",
+            "preprocess_ms",
+            "ms",
+            suite="latency",
+            workload=name,
+            error=f"{error}",
+        )
     samples, num_bytes = host_race(works), 2 * pixels.nbytes
-    bench.records.race("preprocess", name, samples, bench.ceilings, num_bytes=num_bytes)
+    bench.records.race("latency", name, samples, metric="preprocess_ms", num_bytes=num_bytes)
 
 
 @torch.inference_mode()
@@ -222,8 +229,8 @@ def _race_layer_norm(bench: Bench, num_views: int) -> None:
             "torch": lambda: F.layer_norm(x, (width,), gain, shift, 1e-6),
         }
     )
-    name, num_bytes = f"layer_norm {num_views}", 2 * x.nbytes
-    bench.records.race("kernels", name, samples, bench.ceilings, num_bytes=num_bytes)
+    name, num_bytes = f"layer_norm, {num_views} views", 2 * x.nbytes
+    bench.records.race("kernels", name, samples, num_bytes=num_bytes)
 
 
 def _race_attention(bench: Bench, num_views: int) -> None:
@@ -237,8 +244,8 @@ def _race_attention(bench: Bench, num_views: int) -> None:
             "sdpa": lambda: F.scaled_dot_product_attention(q, k, v),
         }
     )
-    name, flop = f"attention {num_views}", 4.0 * num_views * tokens**2 * width
-    bench.records.race("kernels", name, samples, bench.ceilings, flop=flop)
+    name, flop = f"view_attention, {num_views} views", 4.0 * num_views * tokens**2 * width
+    bench.records.race("kernels", name, samples, flop=flop)
 
 
 @torch.inference_mode()
@@ -248,10 +255,14 @@ def tiles(bench: Bench) -> None:
     width, wide = vision.hidden_size, vision.intermediate_size
     for num_views in VIEWS:
         rows = num_views * vision.tokens_per_view
-        _race_tiles(bench, f"qkv {num_views}", (rows, 3 * width, width), None, False)
-        _race_tiles(bench, f"out {num_views}", (rows, width, width), None, True)
-        _race_tiles(bench, f"fc1 {num_views}", (rows, wide, width), "gelu_tanh", False)
-        _race_tiles(bench, f"fc2 {num_views}", (rows, width, wide), None, True)
+        _race_tiles(
+            bench, f"fused_linear qkv, {num_views} views", (rows, 3 * width, width), None, False
+        )
+        _race_tiles(bench, f"fused_linear out, {num_views} views", (rows, width, width), None, True)
+        _race_tiles(
+            bench, f"fused_linear fc1, {num_views} views", (rows, wide, width), "gelu_tanh", False
+        )
+        _race_tiles(bench, f"fused_linear fc2, {num_views} views", (rows, width, wide), None, True)
 
 
 def _race_tiles(
@@ -275,9 +286,11 @@ def _race_tiles(
     candidates = [tile for tile, _ in fused_linear._HALF_TILES]
     for tile in candidates:
         works[f"{tile.block_m}x{tile.block_n}"] = partial(ours, tile)
-    bench.records.race("tiles", name, race(works), bench.ceilings, flop=2.0 * rows * n * k)
+    bench.records.race("kernels", name, race(works), flop=2.0 * rows * n * k)
     equal = all(torch.equal(ours(tile), ours()) for tile in candidates)
-    bench.records.write("tiles", name=name, same_bits=equal)
+    bench.records.write(
+        "ovfast", "same_bits", "%", suite="accuracy", workload=name, samples=(100.0 * equal,)
+    )
 
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
@@ -293,14 +306,19 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
 
 def run_tests(records: Records) -> None:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x", "--no-header"]
+    row = {"suite": "accuracy", "workload": "pytest -m gpu"}
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=TESTS_TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
-        records.write("tests", error=f"not done in {TESTS_TIMEOUT_S} s")
+        records.write("ovfast", "passed", "%", **row, error=f"not done in {TESTS_TIMEOUT_S} s")
         return
-    records.write("tests", rc=done.returncode, tail=done.stdout.strip().splitlines()[-12:])
+    if done.returncode:
+        said = "\n".join(done.stdout.strip().splitlines()[-12:])
+        records.write("ovfast", "passed", "%", **row, error=said or f"code {done.returncode}")
+    else:
+        records.write("ovfast", "passed", "%", **row, samples=(100.0,))
 
 
 def load_model(checkpoint: Path) -> LlavaOnevision:
@@ -310,6 +328,15 @@ def load_model(checkpoint: Path) -> LlavaOnevision:
     model = LlavaOnevision(config, weights, make_ops(CUDA, "triton"), DTYPE, CUDA, graphs)
     weights.finish()
     return model
+
+
+def measured_header(words: list[str]) -> Header:
+    """The header of a run on this device: its limits, no rates of ovfast."""
+    quiet, threads = quiet_check(), torch.get_num_threads()
+    limits = measure_limits(CUDA, threads)
+    given = [Path(word).name if word.startswith("/") else word for word in words[1:]]
+    command = " ".join(["python -m benchmarks.gpu", *given])
+    return make_header(command, Calibration("cuda", "triton", threads, limits, {}), quiet)
 
 
 def main() -> None:
@@ -324,28 +351,23 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu measures a CUDA device, and none was found here")
     device = torch.cuda.get_device_name(0).replace(" ", "-")
-    records = Records(args.out / f"gpu-{device}.jsonl", args.budget_s)
-    records.write("environment", **environment())
+    records = Records(args.out / f"gpu-{device}.jsonl", args.budget_s, measured_header(sys.argv))
     wanted = args.only or ["tests", *SECTIONS]
     if "tests" in wanted:
         run_tests(records)
-    ceilings = Ceilings()
-    records.write(
-        "ceilings", tb_per_s=ceilings.bytes_per_s / 1e12, tflop_per_s=ceilings.flop_per_s / 1e12
-    )
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = args.checkpoint or make_checkpoint(Path(directory), PRESETS["0.5b"])
-        bench = Bench(records, ceilings, checkpoint, load_model(checkpoint))
+        bench = Bench(records, checkpoint, load_model(checkpoint))
         for name, section in SECTIONS.items():
             if name not in wanted:
                 continue
             if records.is_over:
-                records.write(name, left_out="the time budget is over")
+                records.failed("latency", name, "left out: the time budget is over")
                 continue
             try:
                 section(bench)
             except Exception as error:  # noqa: BLE001 - the next section may still tell something
-                records.write(name, error=f"{type(error).__name__}: {error}")
+                records.failed("latency", name, f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

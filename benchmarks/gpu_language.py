@@ -6,7 +6,6 @@ floor of a decode step is the bytes of weights and cache that it must read over 
 
 from __future__ import annotations
 
-import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +14,13 @@ import torch
 
 import ovfast
 from benchmarks.device_timing import host_race
-from benchmarks.side_by_side import QUESTION, encoded_picture
+from ovfast.bench.workloads import QUESTION, encoded_picture
+from ovfast.roofline import decode_bytes
 
 if TYPE_CHECKING:
     from benchmarks.gpu import Bench
 
-SIZES_WH = ((640, 480), (1024, 768))
+SIZES_HW = ((480, 640), (768, 1024))
 ROWS = (1, 4, 16)
 CONTEXTS = (1024, 5120, 16384)
 NEW_TOKENS = 64
@@ -35,12 +35,12 @@ def ttft(bench: Bench) -> None:
     theirs = bench.theirs()
     processor = bench.processor()
     with _open(bench, max_seq_len=8192) as engine:
-        for size_wh in SIZES_WH:
-            _race_ttft(bench, engine, theirs, processor, size_wh)
+        for size_hw in SIZES_HW:
+            _race_ttft(bench, engine, theirs, processor, size_hw)
 
 
 def _race_ttft(
-    bench: Bench, engine: ovfast.Engine, theirs: Any, processor: Any, size_wh: tuple[int, int]
+    bench: Bench, engine: ovfast.Engine, theirs: Any, processor: Any, size_hw: tuple[int, int]
 ) -> None:
     import io
 
@@ -49,7 +49,7 @@ def _race_ttft(
     seed = iter(range(10**6))  # every picture is new to both
 
     def ours() -> None:
-        picture = encoded_picture(size_wh, next(seed))
+        picture = encoded_picture(size_hw, next(seed))
         start = time.perf_counter()
         stream = engine.stream(QUESTION, images=picture, max_new_tokens=2, ignore_eos=True)
         next(stream)
@@ -58,7 +58,7 @@ def _race_ttft(
 
     @torch.inference_mode()
     def upstream() -> None:
-        picture = encoded_picture(size_wh, next(seed))
+        picture = encoded_picture(size_hw, next(seed))
         start = time.perf_counter()
         image = Image.open(io.BytesIO(picture)).convert("RGB")
         inputs = engine._processor.layout(
@@ -77,7 +77,7 @@ def _race_ttft(
     times: dict[str, list[float]] = {"ovfast": [], "transformers": []}
     host_race({"ovfast": ours, "transformers": upstream}, repeats=12, warm=3)
     counted = {name: values[3:] for name, values in times.items()}
-    bench.records.race("ttft", f"{size_wh[0]}x{size_wh[1]}", counted, bench.ceilings)
+    bench.records.race("latency", f"{size_hw[1]}x{size_hw[0]}", counted, metric="ttft_ms")
 
 
 def decode(bench: Bench) -> None:
@@ -96,28 +96,21 @@ def _time_decode(bench: Bench, engine: ovfast.Engine, context: int, num_rows: in
         outputs = engine.generate(prompts, max_new_tokens=NEW_TOKENS, ignore_eos=True)
         if repeat:
             samples.append(max(output.timings.tpot_ms for output in outputs))
-    num_bytes = decode_bytes(engine, context, num_rows)
-    name = f"{num_rows} rows at {context}"
-    bench.records.race("decode", name, {"ovfast": samples}, bench.ceilings, num_bytes=num_bytes)
+    num_bytes = decode_bytes(engine.config.text, context, 2.0, 2.0, num_rows)
+    bench.records.race(
+        "latency",
+        f"decode at {context}",
+        {"ovfast": samples},
+        metric="step_ms",
+        num_bytes=num_bytes,
+        parameters={"context": context, "rows": num_rows},
+    )
 
 
 def _random_prompt(engine: ovfast.Engine, length: int) -> Any:
     inputs = engine.prepare("x", raw=True)
     ids = np.random.default_rng().integers(0, 10_000, length)
     return type(inputs)(ids, (), (), (), inputs.visual)
-
-
-def decode_bytes(engine: ovfast.Engine, context: int, num_rows: int) -> float:
-    """Weights of the language model and the cached keys and values that one step reads."""
-    model, itemsize = engine._model.language_model, engine.dtype.itemsize
-    layers = [
-        packed.weight.numel()
-        for layer in model.layers
-        for packed in (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
-    ]
-    config = model.config
-    cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim * context * num_rows
-    return float(itemsize * (sum(layers) + model.lm_head.weight.numel() + cached))
 
 
 @torch.inference_mode()
@@ -139,8 +132,11 @@ def _time_upstream(bench: Bench, theirs: Any, context: int) -> None:
             if repeat:
                 samples.append((times[1] - times[0]) / (NEW_TOKENS - 1))
         bench.records.write(
-            "decode",
-            name=f"transformers generate, {implementation} cache, 1 row at {context}",
-            median_ms=statistics.median(samples),
-            samples=samples,
+            "transformers" if implementation == "dynamic" else "transformers-static",
+            "step_ms",
+            "ms",
+            suite="latency",
+            workload=f"decode at {context}",
+            samples=tuple(samples),
+            parameters={"context": context, "rows": 1},
         )

@@ -5,6 +5,7 @@ images=...)``.
 from ovfast.anyres import VisualOptions
 from ovfast.api import generate, stream
 from ovfast.conversion import convert
+from ovfast.encoded_media import EncodedMedia
 from ovfast.engine import Engine
 from ovfast.errors import (
     BackendError,
@@ -19,7 +20,7 @@ from ovfast.errors import (
 )
 from ovfast.loading import load
 from ovfast.media import MediaLimits
-from ovfast.outputs import GenerationOutput, ScoreOutput, StreamChunk
+from ovfast.outputs import ChoiceOutput, GenerationOutput, ScoreOutput, StreamChunk
 from ovfast.processor import ModelInputs
 from ovfast.roofline import Estimate
 from ovfast.sampling import SamplingParams
@@ -30,7 +31,9 @@ __all__ = [
     "BackendError",
     "CapacityError",
     "CheckpointError",
+    "ChoiceOutput",
     "ConfigError",
+    "EncodedMedia",
     "Engine",
     "Estimate",
     "GenerationOutput",

@@ -1,5 +1,5 @@
-"""The ``ovfast`` command: generate, explain, verify, convert, doctor, demo. Parsing and printing
-only.
+"""The ``ovfast`` command: generate, explain, verify, convert, doctor, demo, bench. Parsing and
+printing only.
 """
 
 from __future__ import annotations
@@ -226,6 +226,17 @@ def demo(
         print(f"  {result.question}\n  {result.answer}  [{mark}, {result.total_ms:.0f} ms]")
     print(f"wrote {out / 'explain.png'}")
     raise typer.Exit(0 if all(result.correct for result in results) else 1)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def bench(ctx: typer.Context) -> None:
+    """Measures this machine, beside peers and physical limits: latency, stages, throughput, ..."""
+    from ovfast.bench.cli import app as bench_app  # its imports are for no other command
+
+    bench_app(ctx.args, prog_name="ovfast bench")
 
 
 def main(args: list[str] | None = None) -> Any:

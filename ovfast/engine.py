@@ -1,50 +1,42 @@
 """The engine: one loaded model and its public calls.
 
-`Engine` checks and lays requests out, hands them to the scheduler and returns what comes back. How
-steps of many threads share the model is `scheduler`; how a model gets into an engine is `loading`;
-how likelihoods and logits of a prompt are computed is `scoring`.
+`Engine` lays requests out, hands them to the scheduler and returns what comes back. How arguments
+become requests is `engine_base`; how steps of many threads share the model is `scheduler`; how a
+model gets into an engine is `loading`; how likelihoods and logits of a prompt are computed is
+`scoring` and `choices`.
 """
 
-import secrets
 import time
 from collections.abc import Generator, Iterable, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 
 from ovfast.anyres import VisualOptions
-from ovfast.cuda_graphs import GraphCache
-from ovfast.errors import CapacityError, OptionError, PromptError
-from ovfast.media import MediaLimits
-from ovfast.models.llava_onevision import LlavaOnevision
-from ovfast.ops import Ops
+from ovfast.choices import check_options, choose_best, score_options
+from ovfast.encoded_media import EncodedMedia
+from ovfast.encoding import encode_media
+from ovfast.engine_base import EngineBase
+from ovfast.media_sources import media_turn
 from ovfast.options import (
     batch_items,
-    check_inputs,
+    choice_texts,
     continuation_texts,
+    encode_options,
     make_sampling,
     token_positions,
     visual_options,
 )
-from ovfast.outputs import ScoreOutput, StreamChunk
-from ovfast.processor import ModelInputs, Processor
-from ovfast.request import Request
-from ovfast.roofline import Estimate, estimate_request
-from ovfast.row_runner import make_runner
+from ovfast.outputs import ChoiceOutput, ScoreOutput, StreamChunk
+from ovfast.processor import ModelInputs
+from ovfast.roofline import Estimate, Machine, estimate_request
 from ovfast.sampling import SamplingParams
-from ovfast.scheduler import Loaded, Scheduler
-from ovfast.scoring import (
-    continuation_ids,
-    empty_logits,
-    fill_logits,
-    score_continuations,
-)
-from ovfast.storage import bytes_per_param, dtype_name
+from ovfast.scoring import continuation_ids, empty_logits, fill_logits, score_continuations
+from ovfast.storage import bytes_per_param
 
 
-class Engine:
+class Engine(EngineBase):
     """A loaded model that answers requests; made by `ovfast.load`, closed by `close` or `with`.
 
     Any number of threads may call it.
@@ -60,59 +52,13 @@ class Engine:
         media_limits: sizes that are refused before decoding.
     """
 
-    def __init__(
-        self,
-        model: LlavaOnevision,
-        processor: Processor,
-        ops: Ops,
-        *,
-        max_seq_len: int,
-        max_batch_size: int,
-        visual: VisualOptions,
-        media_limits: MediaLimits,
-        graphs: GraphCache | None = None,
-    ) -> None:
-        self.config, self.ops = model.config, ops
-        self.device, self.dtype = model.device, model.dtype
-        self.storage = ops.storage or dtype_name(model.dtype)
-        self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
-        self.visual, self.media_limits = visual, media_limits
-        self._processor, self._vocab_size = processor, model.vocab_size
-        self._forbidden = torch.zeros(model.vocab_size, dtype=torch.bool, device=model.device)
-        self._forbidden[torch.from_numpy(processor.forbidden_ids).to(model.device)] = True
-        cache = model.new_cache(num_slots=max_batch_size, max_positions=max_seq_len)
-        runner = make_runner(model, cache, self._forbidden, ops, graphs)
-        self._scheduler = Scheduler(Loaded(model, cache, runner))
-
-    @property
-    def closed(self) -> bool:
-        return self._scheduler.closed
-
-    @property
-    def _model(self) -> LlavaOnevision:
-        return self._scheduler.loaded().model
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Frees weights and cache; open streams and later calls raise BackendError. Repeatable."""
-        self._scheduler.close()
-
     def generate(
         self,
         prompt: Any,
         *,
         images: Any = None,
         videos: Any = None,
+        media: Any = None,
         sampling: SamplingParams | None = None,
         visual: VisualOptions | None = None,
         system: str | None = None,
@@ -128,6 +74,8 @@ class Engine:
                 tensor (height, width, 3)); for a batch a list with one entry a prompt.
             videos: a video (path, bytes, (frames, height, width, 3) uint8 array, list of frames)
                 or a list of them; for a batch a list with one entry a prompt.
+            media: a handle of `encode` in place of images and videos; for a batch one for all, or a
+                list with one entry a prompt.
             sampling: how to sample; `sampling_kwargs` override its fields.
             visual: how pictures become tokens; default the engine's.
             system: a system message.
@@ -143,7 +91,7 @@ class Engine:
         """
         started = time.perf_counter()
         params = make_sampling(sampling, sampling_kwargs)
-        is_batch, items = batch_items(prompt, images, videos)
+        is_batch, items = batch_items(prompt, images, videos, media)
         laid_out = [self._inputs(item, visual, system, raw) for item in items]
         requests = [self._request(inputs, params, started) for inputs in laid_out]
         self._scheduler.run(requests)
@@ -156,6 +104,7 @@ class Engine:
         *,
         images: Any = None,
         videos: Any = None,
+        media: Any = None,
         sampling: SamplingParams | None = None,
         visual: VisualOptions | None = None,
         system: str | None = None,
@@ -174,7 +123,7 @@ class Engine:
         """
         started = time.perf_counter()
         params = make_sampling(sampling, sampling_kwargs)
-        inputs = self._one("stream", prompt, images, videos, visual, system, raw)
+        inputs = self._one("stream", prompt, images, videos, media, visual, system, raw)
         return self._scheduler.stream(self._request(inputs, params, started))
 
     def score(
@@ -184,6 +133,7 @@ class Engine:
         *,
         images: Any = None,
         videos: Any = None,
+        media: Any = None,
         include_terminator: bool = False,
         visual: VisualOptions | None = None,
         system: str | None = None,
@@ -196,6 +146,7 @@ class Engine:
             continuations: candidate answers; tokenised as they follow the prompt.
             images: as in `generate`.
             videos: as in `generate`.
+            media: as in `generate`.
             include_terminator: also score the end of the turn, `<|im_end|>` and a newline; the
                 mean then is the negative of lmms-eval's loss.
             visual: as in `generate`.
@@ -209,7 +160,7 @@ class Engine:
             OVFastError: see `ovfast.errors`.
         """
         texts = continuation_texts(continuations)
-        inputs = self._one("score", prompt, images, videos, visual, system, raw)
+        inputs = self._one("score", prompt, images, videos, media, visual, system, raw)
         self._check_capacity(inputs.num_tokens, 1)
         full = continuation_ids(
             self._processor,
@@ -218,37 +169,100 @@ class Engine:
             include_terminator=include_terminator,
             max_seq_len=self.max_seq_len,
         )
-        with self._scheduler.hold_slot() as slot:
+        with self._scheduler.hold_slot(inputs) as slot:
             return score_continuations(self._scheduler, slot, inputs, full)
 
-    def prepare(
+    def choose(
         self,
         prompt: Any,
+        options: Iterable[str],
         *,
         images: Any = None,
         videos: Any = None,
+        media: Any = None,
+        normalize: str = "sum",
+        include_terminator: bool = False,
         visual: VisualOptions | None = None,
         system: str | None = None,
         raw: bool = False,
-    ) -> ModelInputs:
-        """Lays one request out without running the model; arguments as `generate`.
+    ) -> ChoiceOutput:
+        """The likeliest of several answers to one prompt, at little more than its first token.
+
+        Args:
+            prompt: as in `generate`, not a batch.
+            options: the answers, at least two; tokenised as they follow the prompt.
+            images: as in `generate`.
+            videos: as in `generate`.
+            media: as in `generate`.
+            normalize: "sum" compares the probabilities of whole options; "mean" the mean
+                log-probabilities of their tokens, which does not favour short options.
+            include_terminator: an option is the whole answer, the end of the turn scored with it;
+                otherwise the answer begins with it.
+            visual: as in `generate`.
+            system: as in `generate`.
+            raw: as in `generate`.
 
         Returns:
-            ModelInputs, which `generate`, `stream`, `score` and `forward` take in place of a
-            prompt.
+            A ChoiceOutput.
+
+        Raises:
+            OVFastError: see `ovfast.errors`.
         """
-        self._scheduler.loaded()
-        return self._processor.prepare(
-            prompt,
-            images=images,
-            videos=videos,
-            visual=visual_options(visual, self.visual),
-            limits=self.media_limits,
-            system=system,
-            raw=raw,
-            pack=self.ops.pack_views,
-            lazy_views=self.ops.reads_pictures,
+        texts = choice_texts(options, normalize)
+        inputs = self._one("choose", prompt, images, videos, media, visual, system, raw)
+        self._check_capacity(inputs.num_tokens, 1)
+        full = continuation_ids(
+            self._processor,
+            inputs,
+            texts,
+            include_terminator=include_terminator,
+            max_seq_len=self.max_seq_len,
         )
+        check_options(inputs.num_tokens, full, texts)
+        with self._scheduler.hold_slot(inputs) as slot:
+            scores = score_options(self._scheduler, slot, inputs, full)
+        return choose_best(texts, scores, normalize)
+
+    def encode(
+        self,
+        prompt: Any = None,
+        *,
+        images: Any = None,
+        videos: Any = None,
+        keep: str = "features",
+        visual: VisualOptions | None = None,
+        system: str | None = None,
+        raw: bool = False,
+    ) -> EncodedMedia:
+        """Encodes pictures and videos once, for many questions.
+
+        A question over the handle equals one over the media. With keep="prefix" it also skips the
+        positions that it shares with the kept prompt, which `usage.cached_tokens` tells.
+
+        Args:
+            prompt: how questions will begin, as in `generate`: kept up to its last picture or
+                video. None is the media before any text, as a plain question has them.
+            images: as in `generate`.
+            videos: as in `generate`.
+            keep: "features", the visual rows; "prefix", also the keys and values of the prompt.
+            visual: as in `generate`.
+            system: as in `generate`; of a prefix only.
+            raw: as in `generate`.
+
+        Returns:
+            An EncodedMedia, which `generate`, `stream`, `score`, `choose` and `prepare` take as
+            `media`. Release it, or use it in a `with`.
+
+        Raises:
+            CapacityError: handles would hold more than the engine's `encoded_memory_bytes`.
+            OVFastError: see `ovfast.errors`.
+        """
+        encode_options(keep, prompt, system, raw, images, videos)
+        if prompt is None:
+            prompt = media_turn(images, videos)
+        inputs = self._one("encode", prompt, images, videos, None, visual, system, raw)
+        self._check_capacity(inputs.num_tokens, 1)
+        return encode_media(self._scheduler, self._encoded, inputs, keep)
 
     def forward(
         self, inputs: ModelInputs, *, positions: Sequence[int] | None = None
@@ -271,7 +285,7 @@ class Engine:
         self._check_capacity(inputs.num_tokens, 0)
         wanted = token_positions(positions, inputs.num_tokens)
         logits = empty_logits(len(wanted), self._vocab_size, self.device)
-        with self._scheduler.hold_slot() as slot:
+        with self._scheduler.hold_slot(inputs) as slot:
             fill_logits(self._scheduler, slot, inputs, wanted, logits)
         return logits
 
@@ -285,8 +299,9 @@ class Engine:
         visual: VisualOptions | None = None,
         system: str | None = None,
         raw: bool = False,
+        machine: Machine | None = None,
     ) -> Estimate:
-        """Token counts, bytes and work of a request, from sizes alone.
+        """The Estimate of a request, from sizes alone: token counts, bytes, work, times.
 
         Args:
             prompt: as in `generate`, not a batch; sources in a chat's parts are not read.
@@ -296,9 +311,7 @@ class Engine:
             visual: as in `generate`.
             system: as in `generate`.
             raw: as in `generate`.
-
-        Returns:
-            An Estimate.
+            machine: of `ovfast.bench.calibration.measure_machine`; None gives no times.
         """
         self._scheduler.loaded()
         make_sampling(None, {"max_new_tokens": max_new_tokens})
@@ -313,7 +326,7 @@ class Engine:
         )
         text_tokens = len(input_ids) - sum(plan.num_tokens for plan in plans)
         sizes = bytes_per_param(self.storage), self.dtype.itemsize
-        return estimate_request(self.config, plans, text_tokens, max_new_tokens, *sizes)
+        return estimate_request(self.config, plans, text_tokens, max_new_tokens, *sizes, machine)
 
     def warmup(self) -> None:
         """Runs one small request twice, so that the first real one pays for no set-up.
@@ -327,74 +340,3 @@ class Engine:
             inputs = self.prepare("Hello", raw=True)
         for _ in range(2):
             self.generate(inputs, max_new_tokens=1 + (inputs.num_tokens + 2 <= self.max_seq_len))
-
-    def _one(
-        self,
-        name: str,
-        prompt: Any,
-        images: Any,
-        videos: Any,
-        visual: VisualOptions | None,
-        system: str | None,
-        raw: bool,
-    ) -> ModelInputs:
-        """The inputs of a call that takes no batch."""
-        is_batch, items = batch_items(prompt, images, videos)
-        if is_batch:
-            raise PromptError(
-                f"{name}() got a batch of prompts; it takes one prompt. Use generate(), or call"
-                f" {name}() for each."
-            )
-        return self._inputs(items[0], visual, system, raw)
-
-    def _inputs(
-        self,
-        item: tuple[Any, Any, Any],
-        visual: VisualOptions | None,
-        system: str | None,
-        raw: bool,
-    ) -> ModelInputs:
-        prompt, images, videos = item
-        if not isinstance(prompt, ModelInputs):
-            return self.prepare(
-                prompt, images=images, videos=videos, visual=visual, system=system, raw=raw
-            )
-        if any(given is not None for given in (images, videos, visual, system)) or raw:
-            raise OptionError(
-                "ModelInputs with images, videos, visual, system or raw; they are already part of"
-                " the inputs. Pass them to prepare() instead."
-            )
-        self._check_inputs(prompt)
-        return prompt
-
-    def _request(self, inputs: ModelInputs, params: SamplingParams, started: float) -> Request:
-        self._check_capacity(inputs.num_tokens, params.max_new_tokens or 1)
-        stop_ids = set(params.stop_token_ids)
-        if any(token_id >= self._vocab_size for token_id in stop_ids):
-            raise OptionError(
-                f"stop_token_ids={params.stop_token_ids}; expected ids below the vocabulary's"
-                f" {self._vocab_size}. Use ids of this checkpoint's tokenizer."
-            )
-        if not params.ignore_eos:
-            stop_ids |= set(self.config.stop_token_ids)
-        return Request(
-            inputs,
-            params,
-            seed=secrets.randbits(64) if params.seed is None else params.seed,
-            stop_ids=stop_ids,
-            max_new_tokens=params.max_new_tokens or self.max_seq_len - inputs.num_tokens,
-            decoder=self._processor.new_decoder(),
-            started=started,
-        )
-
-    def _check_inputs(self, inputs: ModelInputs) -> None:
-        self._scheduler.loaded()
-        check_inputs(inputs, self._vocab_size, self.config.vision.image_size)
-
-    def _check_capacity(self, num_tokens: int, max_new_tokens: int) -> None:
-        if num_tokens + max_new_tokens > self.max_seq_len:
-            raise CapacityError(
-                f"the prompt has {num_tokens} tokens and needs room for {max_new_tokens} more; the"
-                f" engine holds {self.max_seq_len} a request. Shorten the prompt, lower"
-                " max_new_tokens, max_views or num_frames, or load with a larger max_seq_len."
-            )

@@ -15,6 +15,7 @@ from ovfast.anyres import VisualOptions
 from ovfast.checkpoint import CheckpointWeights, resolve_checkpoint, terminal_progress
 from ovfast.config import ModelConfig
 from ovfast.cuda_graphs import DEFAULT_GRAPH_BYTES, CudaCapture, GraphCache
+from ovfast.encoded_media import DEFAULT_ENCODED_BYTES
 from ovfast.engine import Engine
 from ovfast.errors import BackendError, CapacityError, OptionError, QuantizationError
 from ovfast.kv_cache import kv_bytes_per_token
@@ -45,6 +46,7 @@ def load(
     attention: str = "auto",
     cuda_graphs: bool = True,
     graph_memory_bytes: int | None = None,
+    encoded_memory_bytes: int | None = None,
     visual: VisualOptions | None = None,
     media_limits: MediaLimits | None = None,
     revision: str | None = None,
@@ -73,6 +75,8 @@ def load(
             number of views, decode steps by rows and length.
         graph_memory_bytes: ceiling of captured graphs, the least recently used go first; None is
             1 GiB.
+        encoded_memory_bytes: ceiling of what handles of `Engine.encode` hold together; None is
+            2 GiB.
         visual: how pictures become tokens by default.
         media_limits: sizes that are refused before decoding.
         revision: of a Hub id.
@@ -100,15 +104,12 @@ def load(
             raise OptionError(f"{name}={value!r}; expected {kind.__name__} or None.")
     if not isinstance(cuda_graphs, bool):
         raise OptionError(f"cuda_graphs={cuda_graphs!r}; expected True or False.")
-    if graph_memory_bytes is not None and (
-        not isinstance(graph_memory_bytes, int)
-        or isinstance(graph_memory_bytes, bool)
-        or graph_memory_bytes < 0
-    ):
-        raise OptionError(
-            f"graph_memory_bytes={graph_memory_bytes!r}; expected a number of bytes, or None for"
-            f" {DEFAULT_GRAPH_BYTES}. Use cuda_graphs=False for none."
-        )
+    graph_bytes = _byte_count(
+        "graph_memory_bytes", graph_memory_bytes, DEFAULT_GRAPH_BYTES, "cuda_graphs=False for none"
+    )
+    encoded_bytes = _byte_count(
+        "encoded_memory_bytes", encoded_memory_bytes, DEFAULT_ENCODED_BYTES, "0 for no handles"
+    )
     # Before anything is downloaded: is what was asked for here?
     _check_quantization(quantization, target, backend)
     ops = make_ops(target, backend, attention, threads=threads, storage=wanted or "float32")
@@ -132,7 +133,7 @@ def load(
     )
     cache_bytes = positions * max_batch_size * kv_bytes_per_token(config.text, compute)
     _check_memory(weight_bytes, cache_bytes, target)
-    graphs = _make_graphs(ops, target, cuda_graphs, graph_memory_bytes)
+    graphs = _make_graphs(ops, target, cuda_graphs, graph_bytes)
     built = LlavaOnevision(config, weights, ops, compute, target, graphs)
     weights.finish()
     return Engine(
@@ -143,6 +144,7 @@ def load(
         max_batch_size=max_batch_size,
         visual=visual or VisualOptions(),
         media_limits=media_limits or MediaLimits(),
+        encoded_memory_bytes=encoded_bytes,
         graphs=graphs,
     )
 
@@ -229,13 +231,21 @@ def _check_counts(**counts: int | None) -> None:
             raise OptionError(f"{name}={value!r}; expected an integer of at most {MOST_THREADS}.")
 
 
-def _make_graphs(
-    ops: Ops, device: torch.device, wanted: bool, max_bytes: int | None
-) -> GraphCache | None:
+def _byte_count(name: str, value: int | None, default: int, otherwise: str) -> int:
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise OptionError(
+            f"{name}={value!r}; expected a number of bytes, or None for {default}. Use {otherwise}."
+        )
+    return value
+
+
+def _make_graphs(ops: Ops, device: torch.device, wanted: bool, max_bytes: int) -> GraphCache | None:
     """Where launches can be captured: kernels on a CUDA device, not plain torch or a CPU."""
     if not wanted or device.type != "cuda" or ops.backend != "triton":
         return None
-    return GraphCache(CudaCapture(device), DEFAULT_GRAPH_BYTES if max_bytes is None else max_bytes)
+    return GraphCache(CudaCapture(device), max_bytes)
 
 
 def _check_quantization(quantization: str | None, device: torch.device, backend: str) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovfast.anyres import VisualOptions, VisualPlan
+from ovfast.encoded_media import EncodedMedia
 from ovfast.image import build_media_views
 from ovfast.reference_pixels import UInt8Array
 
@@ -32,9 +33,11 @@ class ModelInputs:
         spans: where each picture and video stands, in order.
         plans: one for each span, in the same order.
         media: for each plan the decoded picture (height, width, 3) or frames (frames, height,
-            width, 3), uint8; empty where the request came with its views ready-made.
+            width, 3), uint8; empty where the request came with its views ready-made, or is encoded
+            already.
         visual: the options it was laid out with.
         media_ms, preprocess_ms: time for decoding, and for everything after it.
+        encoded: holds the visual rows; None if they are to be encoded.
     """
 
     input_ids: NDArray[np.int64]
@@ -44,11 +47,13 @@ class ModelInputs:
     visual: VisualOptions
     media_ms: float = 0.0
     preprocess_ms: float = 0.0
+    encoded: EncodedMedia | None = None
     _views: list[UInt8Array] = field(default_factory=list, repr=False)  # none or one: built once
 
     @property
     def views(self) -> UInt8Array:
-        """(num_views, image_size, image_size, 3) uint8, those of the first plan first.
+        """(num_views, image_size, image_size, 3) uint8, those of the first plan first; none where
+        they are encoded already.
 
         Built when first asked for: a back end that resizes on the device does without.
         """
@@ -70,4 +75,28 @@ class ModelInputs:
 
     @property
     def num_views(self) -> int:
-        return sum(plan.num_views for plan in self.plans)
+        """Inputs of the vision tower; 0 where they are encoded already."""
+        return 0 if self.encoded is not None else sum(plan.num_views for plan in self.plans)
+
+    @property
+    def feature_rows(self) -> list[tuple[VisualSpan, int]]:
+        """Each span with its first row where all pictures' rows, then all videos' rows, stand in
+        one table: the order of a handle, whatever the order in the prompt.
+        """
+        rows, first = [], 0
+        for span in sorted(self.spans, key=lambda span: span.kind):
+            rows.append((span, first))
+            first += span.end - span.start
+        return rows
+
+    @property
+    def sources(self) -> NDArray[np.int64]:
+        """(num_tokens,): the id of a position of text, −1 − its row in that table of a visual one.
+
+        Where two requests over the same media have the same sources from the start, they have the
+        same keys and values.
+        """
+        sources = self.input_ids.copy()
+        for span, first in self.feature_rows:
+            sources[span.start : span.end] = -1 - np.arange(first, first + span.end - span.start)
+        return sources

@@ -32,6 +32,7 @@ __all__ = [
     "RowTable",
     "has_native",
     "make_ops",
+    "native_isa",
     "with_storage",
 ]
 
@@ -179,6 +180,11 @@ def has_native() -> bool:
     except ImportError:
         return False
     return True
+
+
+def native_isa() -> str | None:
+    """The instruction set of the native back end; None where it is not built."""
+    return str(ops_native.native_module().isa()) if has_native() else None
 
 
 def with_storage(ops: Ops, storage: str) -> Ops:

@@ -6,12 +6,25 @@ import difflib
 import operator
 from collections.abc import Iterable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ovfast.anyres import VisualOptions
+from ovfast.encoded_media import KEEP, EncodedMedia
 from ovfast.errors import OptionError, PromptError
+from ovfast.media_sources import image_list, video_list
 from ovfast.processor import ModelInputs
 from ovfast.sampling import SamplingParams
+
+NORMALIZE = ("sum", "mean")
+
+
+class Item(NamedTuple):
+    """One request's prompt and media, as the caller gave them."""
+
+    prompt: Any
+    images: Any
+    videos: Any
+    media: Any
 
 
 def make_sampling(sampling: SamplingParams | None, overrides: dict[str, Any]) -> SamplingParams:
@@ -52,17 +65,17 @@ def visual_options(visual: VisualOptions | None, default: VisualOptions) -> Visu
     return visual
 
 
-def batch_items(prompt: Any, images: Any, videos: Any) -> tuple[bool, list[tuple[Any, Any, Any]]]:
+def batch_items(prompt: Any, images: Any, videos: Any, media: Any) -> tuple[bool, list[Item]]:
     """Splits the arguments of a call into requests.
 
     Returns:
-        Whether it is a batch, and (prompt, images, videos) of each request.
+        Whether it is a batch, and the requests.
 
     Raises:
         PromptError: an empty batch, or media that are not one entry a prompt.
     """
     if not isinstance(prompt, list) or (prompt and all(isinstance(item, dict) for item in prompt)):
-        return False, [(prompt, images, videos)]
+        return False, [Item(prompt, images, videos, media)]
     kinds = (str, list, ModelInputs)
     if not prompt or not all(
         isinstance(item, kinds) and type(item) is type(prompt[0]) for item in prompt
@@ -71,32 +84,74 @@ def batch_items(prompt: Any, images: Any, videos: Any) -> tuple[bool, list[tuple
             f"prompt={prompt!r:.200}; expected a str, a chat (list of dicts), ModelInputs, or a"
             " non-empty list of one of these kinds. A single prompt needs no list."
         )
+    if isinstance(media, EncodedMedia):
+        media = [media] * len(prompt)
     columns = []
-    for name, media in (("images", images), ("videos", videos)):
-        if media is not None and (not isinstance(media, list | tuple) or len(media) != len(prompt)):
-            given = len(media) if isinstance(media, list | tuple) else type(media).__name__
+    for name, given in (("images", images), ("videos", videos), ("media", media)):
+        if given is not None and (not isinstance(given, list | tuple) or len(given) != len(prompt)):
+            count = len(given) if isinstance(given, list | tuple) else type(given).__name__
             raise PromptError(
-                f"{len(prompt)} prompts and {name} of {given}; expected a list with one entry a"
+                f"{len(prompt)} prompts and {name} of {count}; expected a list with one entry a"
                 " prompt. An entry is None, one medium, or a list of them."
             )
-        columns.append([None] * len(prompt) if media is None else list(media))
-    return True, list(zip(prompt, *columns, strict=True))
+        columns.append([None] * len(prompt) if given is None else list(given))
+    return True, [Item(*item) for item in zip(prompt, *columns, strict=True)]
 
 
-def continuation_texts(continuations: Any) -> list[str]:
+def continuation_texts(given: Any, name: str = "continuations") -> list[str]:
     """The texts to score, from any iterable of str.
 
     Raises:
         OptionError: anything else.
     """
-    is_list = isinstance(continuations, Iterable) and not isinstance(continuations, str)
-    texts = list(continuations) if is_list else [continuations]
+    is_list = isinstance(given, Iterable) and not isinstance(given, str)
+    texts = list(given) if is_list else [given]
     if not is_list or not all(isinstance(text, str) for text in texts):
         raise OptionError(
-            f"continuations={continuations!r:.200}; expected a list of str. Put a single one in a"
-            " list."
+            f"{name}={given!r:.200}; expected a list of str. Put a single one in a list."
         )
     return texts
+
+
+def choice_texts(options: Any, normalize: Any) -> list[str]:
+    """The options of a choice.
+
+    Raises:
+        OptionError: not two str or more, two alike, or an unknown way to normalise.
+    """
+    texts = continuation_texts(options, "options")
+    if len(texts) < 2 or len(set(texts)) < len(texts):
+        raise OptionError(
+            f"options={texts!r:.200}; expected at least two, all different. Use score() for one."
+        )
+    if normalize not in NORMALIZE:
+        raise OptionError(f"normalize={normalize!r}; expected 'sum' or 'mean'.")
+    return texts
+
+
+def encode_options(keep: Any, prompt: Any, system: Any, raw: Any, images: Any, videos: Any) -> None:
+    """Checks what `encode` keeps.
+
+    Raises:
+        OptionError: unknown, or a system message that nothing would be kept of.
+        PromptError: nothing to encode, or no prompt where it has to be complete.
+    """
+    if keep not in KEEP:
+        raise OptionError(f"keep={keep!r:.100}; expected 'features' or 'prefix'.")
+    if system is not None and keep != "prefix":
+        raise OptionError(
+            "system= with keep='features'; only a prefix keeps text. Pass it with the questions, or"
+            " use keep='prefix'."
+        )
+    if prompt is None and raw:
+        raise PromptError(
+            "encode() with raw=True and no prompt; expected how the questions will begin, up to the"
+            " last picture or video. Pass it as one str."
+        )
+    if prompt is None and not (image_list(images) or video_list(videos)):
+        raise PromptError(
+            "encode() got no pictures and no videos; expected at least one. Text alone needs none."
+        )
 
 
 def token_positions(positions: Any, num_tokens: int) -> list[int]:

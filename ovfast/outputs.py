@@ -21,13 +21,15 @@ class Usage:
         prompt_tokens: all positions before the first generated token, visual ones included.
         visual_tokens: positions filled from pictures and videos, newlines included.
         completion_tokens: generated tokens, the stop token included.
-        views: tower inputs of this request.
+        views: tower inputs of this request; none where a handle holds the media.
+        cached_tokens: positions of the prompt whose keys and values a handle held.
     """
 
     prompt_tokens: int
     visual_tokens: int
     completion_tokens: int
     views: int
+    cached_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -119,3 +121,27 @@ class ScoreOutput:
     token_ids: tuple[int, ...]
     token_logprobs: tuple[float, ...] = field(repr=False)
     is_greedy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceOutput:
+    """The likeliest of several answers.
+
+    Attributes:
+        choice: the option with the highest probability, the first of equals.
+        index: its place among the options.
+        probabilities: one an option, adding up to 1.
+        label_mass: how likely the model is to begin with any of the options, before normalising;
+            an option that begins with another one counts as a part of that one.
+        scores: the likelihood of each option.
+    """
+
+    choice: str
+    index: int
+    probabilities: tuple[float, ...]
+    label_mass: float
+    scores: tuple[ScoreOutput, ...] = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The output as JSON-ready dicts, lists, strings and numbers."""
+        return asdict(self)

@@ -7,16 +7,14 @@ the same way before it builds views. Prompts and templates: chat.py. Text: text_
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tokenizers import Tokenizer
 
 from ovfast.anyres import VisualOptions, VisualPlan, plan_image, plan_video
 from ovfast.chat import (
-    BARE,
     MARKERS,
     Message,
     Part,
@@ -30,6 +28,7 @@ from ovfast.config import ModelConfig
 from ovfast.errors import CheckpointError, PromptError
 from ovfast.image import Pack, build_media_views
 from ovfast.media import MediaLimits, load_images, load_video
+from ovfast.media_sources import image_list, take_sources, video_list
 from ovfast.model_inputs import ModelInputs, VisualSpan
 from ovfast.text_tokenizer import IncrementalDecoder, TextTokenizer
 
@@ -138,6 +137,7 @@ class Processor:
         visual: VisualOptions,
         system: str | None = None,
         raw: bool = False,
+        bare: bool = False,
     ) -> tuple[NDArray[np.int64], tuple[VisualSpan, ...], tuple[VisualPlan, ...]]:
         """Lay a prompt out from sizes alone; the same ids and plans as `prepare`.
 
@@ -148,6 +148,7 @@ class Processor:
             visual: how pictures become views and tokens.
             system: text of a system turn.
             raw: the prompt is complete and its special tokens are special.
+            bare: refuse sources inside a chat's media parts.
 
         Returns:
             input_ids (num_tokens,) int64, spans, plans.
@@ -156,7 +157,13 @@ class Processor:
             PromptError: the prompt cannot be laid out.
             MediaError: a size that no picture has.
         """
-        parsed = self._parse(prompt, list(images), list(videos), system, raw, from_sizes=True)
+        sizes = list(images), list(videos)
+        parsed = self._parse(prompt, *sizes, system, raw, from_sizes=not bare)
+        if (len(parsed.images), len(parsed.videos)) != (len(sizes[0]), len(sizes[1])):
+            raise PromptError(
+                "media= a handle, with a chat whose parts bring pictures or videos of their own;"
+                " expected parts with a type alone. Write {'type': 'image'} or {'type': 'video'}."
+            )
         return self._lay_out(parsed, visual)
 
     def prepare(
@@ -192,7 +199,7 @@ class Processor:
             PromptError: the prompt cannot be laid out.
             MediaError: a medium cannot be read or breaks a limit.
         """
-        parsed = self._parse(prompt, _images(images), _videos(videos), system, raw)
+        parsed = self._parse(prompt, image_list(images), video_list(videos), system, raw)
         started = time.perf_counter()
         pictures = load_images(parsed.images, limits=limits, exif=visual.exif)
         clips = [
@@ -271,8 +278,8 @@ class Processor:
                 raise PromptError("system= with a chat that has a system turn; expected one.")
             turn = Message("system", (Part("text", (Segment("text", system),)),))
             messages = [turn, *messages]
-        images = _sources(messages, "image", images, from_sizes=from_sizes)
-        videos = _sources(messages, "video", videos, from_sizes=from_sizes)
+        images = take_sources(messages, "image", images, from_sizes=from_sizes)
+        videos = take_sources(messages, "video", videos, from_sizes=from_sizes)
         if self._template is None:
             raise PromptError(
                 "the checkpoint has no chat template (chat_template.jinja, chat_template.json or "
@@ -352,43 +359,3 @@ class Processor:
                 ids.append(self._text.special_ids[piece])
                 plain = []
         return ids + self._text.encode("".join(plain))
-
-
-def _sources(
-    messages: Sequence[Message],
-    kind: Literal["image", "video"],
-    given: list[Any],
-    *,
-    from_sizes: bool,
-) -> list[Any]:
-    """Sources of all media of a kind in the prompt's order; those without one take the given."""
-    wanted: list[Any] = []
-    for message in messages:
-        for part in message.parts:
-            if part.kind == kind:
-                wanted.append(BARE if from_sizes else part.source)
-            wanted += [BARE for segment in part.segments if segment.kind == kind]
-    bare = sum(source is BARE for source in wanted)
-    if bare != len(given):
-        raise PromptError(
-            f"the prompt has {bare} places for {kind}s= and {len(given)} were given; expected as "
-            f"many. In a chat, add {{'type': '{kind}'}} parts or remove {kind}s."
-        )
-    rest = iter(given)
-    return [next(rest) if source is BARE else source for source in wanted]
-
-
-def _images(images: object) -> list[Any]:
-    if images is None:
-        return []
-    return list(images) if isinstance(images, list | tuple) else [images]
-
-
-def _videos(videos: object) -> list[Any]:
-    """A list of videos; a list whose items are all pictures is one video of these frames."""
-    if videos is None:
-        return []
-    if not isinstance(videos, list | tuple):
-        return [videos]
-    frames = all(isinstance(v, Image.Image) or getattr(v, "ndim", None) == 3 for v in videos)
-    return [videos] if videos and frames else list(videos)

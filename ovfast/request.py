@@ -41,6 +41,7 @@ class Request:
         finish_reason: set with the last chunk.
         error: what ended the request instead of a last chunk.
         stages: when encoding began, when it ended, and when the prompt was in the cache.
+        cached_tokens: prompt positions that a handle held.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Request:
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
         self.stages: tuple[Mark, Mark, Mark] | None = None
+        self.cached_tokens = 0
         self._stop_ids, self._max_new_tokens = frozenset(stop_ids), max_new_tokens
         self._decoder, self._stops = decoder, StopStrings(params.stop)
         self._started = started
@@ -112,7 +114,13 @@ class Request:
             text="".join(self._text),
             token_ids=tuple(self._token_ids),
             finish_reason=self.finish_reason,
-            usage=Usage(inputs.num_tokens, inputs.num_visual_tokens, num_tokens, inputs.num_views),
+            usage=Usage(
+                inputs.num_tokens,
+                inputs.num_visual_tokens,
+                num_tokens,
+                inputs.num_views,
+                self.cached_tokens,
+            ),
             logprobs=tuple(self._logprobs) if self.params.logprobs is not None else None,
             timings=self.timings,
             seed=self.seed,
@@ -147,7 +155,7 @@ class Request:
         """Only now: the first token is on the host, so nothing has to be waited for."""
         if self.stages is not None:
             started, embedded, prefilled = self.stages
-            if self.inputs.spans:
+            if self.inputs.num_views:
                 self.timings.vision_ms = elapsed_ms(started, embedded)
             self.timings.prefill_ms = elapsed_ms(embedded, prefilled)
 

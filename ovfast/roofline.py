@@ -1,32 +1,39 @@
-"""What a request must cost: FLOPs, bytes and the least time a machine could need for them.
+"""What a request must cost: FLOPs, bytes, the least time for them, and the time they will take.
 
 Owns the formulas and `Estimate`. Counts multiplications with weights and attention; norms,
-activations and sampling are left out, so every floor is one. Knows no devices: the rates of a
-machine are given as a `Machine`. One multiply-add is two FLOPs.
+activations and sampling are left out, so every floor is one. Knows no devices: what a machine can
+do is given as a `Machine`. One multiply-add is two FLOPs.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from ovfast.anyres import VisualPlan
 from ovfast.config import ModelConfig, TextConfig, VisionConfig
+from ovfast.stage_cost import Machine, Stage
 
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """Attained rates of one machine at the precision that is used.
-
-    Args:
-        read_gb_per_s: memory read rate in 10⁹ bytes per second.
-        gflops: matrix product rate in 10⁹ FLOPs per second.
-    """
-
-    read_gb_per_s: float
-    gflops: float
-
-    def floor_ms(self, flops: float, num_bytes: float) -> float:
-        """The least time for so much arithmetic and so many bytes, done at the same time."""
-        return max(flops / (self.gflops * 1e6), num_bytes / (self.read_gb_per_s * 1e6))
+__all__ = [
+    "Estimate",
+    "Machine",
+    "Stage",
+    "decode_bytes",
+    "decode_flops",
+    "decode_stage",
+    "estimate_request",
+    "kv_bytes_per_token",
+    "megapixels",
+    "prefill_flops",
+    "prefill_stage",
+    "projector_flops",
+    "projector_stage",
+    "request_stages",
+    "text_body_params",
+    "text_head_params",
+    "text_weight_bytes",
+    "tower_stage",
+    "vision_body_params",
+    "vision_flops",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,8 @@ class Estimate:
         vision_flops, projector_flops, prefill_flops: once per request.
         decode_flops_per_token, decode_bytes_per_token: halfway through the longest answer.
         ttft_floor_ms, tpot_floor_ms: least times on the machine; None without a machine.
+        ttft_ms, tpot_ms: predicted times, from a picture as JPEG bytes in memory on; None without
+            the rates of a machine.
     """
 
     num_views: int
@@ -58,6 +67,8 @@ class Estimate:
     decode_bytes_per_token: int
     ttft_floor_ms: float | None = None
     tpot_floor_ms: float | None = None
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
 
     def as_dict(self) -> dict[str, int | float | None]:
         """All fields by name, for JSON."""
@@ -84,10 +95,7 @@ def text_head_params(text: TextConfig) -> int:
 
 def vision_flops(vision: VisionConfig, num_views: int) -> int:
     """FLOPs of the tower: patch embedding, matrix products and attention."""
-    tokens, hidden = num_views * vision.tokens_per_view, vision.hidden_size
-    patches = 2 * tokens * vision.patch_dim * hidden
-    products = 2 * tokens * vision_body_params(vision)
-    return patches + products + 4 * vision.num_layers * tokens * vision.tokens_per_view * hidden
+    return tower_stage(vision, num_views, 0).flops
 
 
 def projector_flops(config: ModelConfig, plans: Sequence[VisualPlan]) -> int:
@@ -104,9 +112,11 @@ def projector_flops(config: ModelConfig, plans: Sequence[VisualPlan]) -> int:
 
 
 def prefill_flops(text: TextConfig, num_tokens: int) -> int:
-    """FLOPs of a causal prefill whose last position alone goes through lm_head."""
-    linear = 2 * num_tokens * text_body_params(text) + 2 * text_head_params(text)
-    return linear + 2 * text.num_layers * num_tokens**2 * text.num_heads * text.head_dim
+    """FLOPs of a causal prefill whose last position alone is needed.
+
+    So of the last layer all positions need keys and values alone, the last position the rest.
+    """
+    return prefill_stage(text, num_tokens, 0).flops
 
 
 def decode_flops(text: TextConfig, context: int, batch_size: int = 1) -> int:
@@ -137,6 +147,94 @@ def decode_bytes(
     return text_weight_bytes(text, weight_bytes_per_param) + cache
 
 
+def tower_stage(vision: VisionConfig, num_views: int, weight_bytes_per_param: float) -> Stage:
+    """The tower over views."""
+    tokens, hidden = num_views * vision.tokens_per_view, vision.hidden_size
+    params = vision_body_params(vision) + vision.patch_dim * hidden
+    attention = 4 * vision.num_layers * tokens * vision.tokens_per_view * hidden
+    return Stage(
+        "tower",
+        product_flops=2 * tokens * params,
+        attention_flops=attention,
+        weight_bytes=round(params * weight_bytes_per_param) if num_views else 0,
+        num_layers=vision.num_layers,
+        num_views=num_views,
+    )
+
+
+def projector_stage(
+    config: ModelConfig, plans: Sequence[VisualPlan], weight_bytes_per_param: float
+) -> Stage:
+    """The projector over the features of pictures and videos."""
+    hidden = config.text.hidden_size
+    params = hidden * (config.vision.hidden_size + hidden) if plans else 0
+    return Stage(
+        "projector",
+        product_flops=projector_flops(config, plans),
+        attention_flops=0,
+        weight_bytes=round(params * weight_bytes_per_param),
+    )
+
+
+def prefill_stage(text: TextConfig, num_tokens: int, weight_bytes_per_param: float) -> Stage:
+    """The language model over a prompt of which the last position's logits are needed."""
+    layer, head = text_body_params(text) // text.num_layers, text_head_params(text)
+    keys_values = 2 * text.hidden_size * text.num_kv_heads * text.head_dim
+    rows = num_tokens * ((text.num_layers - 1) * layer + keys_values) + layer - keys_values + head
+    full = (text.num_layers - 1) * num_tokens**2 + 2 * num_tokens
+    return Stage(
+        "prefill",
+        product_flops=2 * rows,
+        attention_flops=2 * full * text.num_heads * text.head_dim,
+        weight_bytes=text_weight_bytes(text, weight_bytes_per_param),
+        num_layers=text.num_layers,
+    )
+
+
+def decode_stage(
+    text: TextConfig,
+    context: int,
+    weight_bytes_per_param: float,
+    kv_bytes_per_element: float,
+    batch_size: int = 1,
+) -> Stage:
+    """One decode step of requests with `context` cached positions each."""
+    params = text_body_params(text) + text_head_params(text)
+    products = 2 * batch_size * params
+    return Stage(
+        "decode",
+        product_flops=products,
+        attention_flops=decode_flops(text, context, batch_size) - products,
+        weight_bytes=text_weight_bytes(text, weight_bytes_per_param),
+        cache_bytes=batch_size * context * kv_bytes_per_token(text, kv_bytes_per_element),
+        num_layers=text.num_layers,
+    )
+
+
+def request_stages(
+    config: ModelConfig,
+    plans: Sequence[VisualPlan],
+    text_tokens: int,
+    weight_bytes_per_param: float,
+) -> tuple[Stage, ...]:
+    """What runs before the first token, in order; text alone has no tower and no projector."""
+    num_views = sum(plan.num_views for plan in plans)
+    prompt_tokens = text_tokens + sum(plan.num_tokens for plan in plans)
+    prefill = prefill_stage(config.text, prompt_tokens, weight_bytes_per_param)
+    if not plans:
+        return (prefill,)
+    return (
+        tower_stage(config.vision, num_views, weight_bytes_per_param),
+        projector_stage(config, plans, weight_bytes_per_param),
+        prefill,
+    )
+
+
+def megapixels(plans: Sequence[VisualPlan]) -> float:
+    """Millions of pixels of the pictures and frames of plans, as they come."""
+    return sum(p.size_hw[0] * p.size_hw[1] * max(1, p.num_frames) for p in plans) / 1e6
+
+
 def estimate_request(
     config: ModelConfig,
     plans: Sequence[VisualPlan],
@@ -160,55 +258,53 @@ def estimate_request(
     Returns:
         The estimate.
     """
-    num_views = sum(plan.num_views for plan in plans)
     visual_tokens = sum(plan.num_tokens for plan in plans)
     prompt_tokens = visual_tokens + text_tokens
-    context = prompt_tokens + max_new_tokens // 2
     kv_bytes = kv_bytes_per_token(config.text, kv_bytes_per_element)
-    step_flops = decode_flops(config.text, context)
-    step_bytes = decode_bytes(config.text, context, weight_bytes_per_param, kv_bytes_per_element)
-    stages = (
-        vision_flops(config.vision, num_views),
-        projector_flops(config, plans),
-        prefill_flops(config.text, prompt_tokens),
+    stages = request_stages(config, plans, text_tokens, weight_bytes_per_param)
+    flops = {stage.name: stage.flops for stage in stages}
+    step = decode_stage(
+        config.text,
+        prompt_tokens + max_new_tokens // 2,
+        weight_bytes_per_param,
+        kv_bytes_per_element,
     )
-    ttft_floor_ms = tpot_floor_ms = None
-    if machine is not None:
-        ttft_floor_ms = _ttft_floor_ms(config, stages, weight_bytes_per_param, machine)
-        tpot_floor_ms = machine.floor_ms(step_flops, step_bytes)
-    return Estimate(
-        num_views=num_views,
+    estimate = Estimate(
+        num_views=sum(plan.num_views for plan in plans),
         visual_tokens=visual_tokens,
         text_tokens=text_tokens,
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
         kv_cache_bytes=(prompt_tokens + max_new_tokens) * kv_bytes,
         weight_bytes=round(config.num_parameters * weight_bytes_per_param),
-        vision_flops=stages[0],
-        projector_flops=stages[1],
-        prefill_flops=stages[2],
-        decode_flops_per_token=step_flops,
-        decode_bytes_per_token=step_bytes,
-        ttft_floor_ms=ttft_floor_ms,
-        tpot_floor_ms=tpot_floor_ms,
+        vision_flops=flops.get("tower", 0),
+        projector_flops=flops.get("projector", 0),
+        prefill_flops=flops["prefill"],
+        decode_flops_per_token=step.flops,
+        decode_bytes_per_token=step.num_bytes,
     )
+    return estimate if machine is None else _with_times(estimate, stages, step, plans, machine)
 
 
-def _ttft_floor_ms(
-    config: ModelConfig,
-    stages: tuple[int, int, int],
-    weight_bytes_per_param: float,
+def _with_times(
+    estimate: Estimate,
+    stages: Sequence[Stage],
+    step: Stage,
+    plans: Sequence[VisualPlan],
     machine: Machine,
-) -> float:
-    """The stages run one after the other, and each that runs reads its weights at least once."""
-    vision, hidden = config.vision, config.text.hidden_size
-    params = (
-        vision_body_params(vision) + vision.patch_dim * vision.hidden_size,
-        hidden * (vision.hidden_size + hidden),
-        text_body_params(config.text) + text_head_params(config.text),
+) -> Estimate:
+    """Floors, and predictions where there are rates; stages run one after the other."""
+    estimate = replace(
+        estimate,
+        ttft_floor_ms=sum(stage.floor_ms(machine) for stage in stages),
+        tpot_floor_ms=step.floor_ms(machine),
     )
-    return sum(
-        machine.floor_ms(flops, count * weight_bytes_per_param)
-        for flops, count in zip(stages, params, strict=True)
-        if flops
+    rates = machine.rates
+    if rates is None:
+        return estimate
+    pictures_ms = megapixels(plans) * rates.picture_ms_per_megapixel
+    return replace(
+        estimate,
+        ttft_ms=rates.request_ms + pictures_ms + sum(s.predicted_ms(rates) for s in stages),
+        tpot_ms=step.predicted_ms(rates),
     )

@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ovfast.clock import Mark, mark
 from ovfast.errors import BackendError, CapacityError
@@ -32,6 +34,7 @@ from ovfast.runner import DecodeRunner, StepResult
 WAIT_S = 1.0
 
 T = TypeVar("T")
+IntArray = NDArray[np.int64]
 
 
 class Loaded(NamedTuple):
@@ -133,15 +136,48 @@ class Scheduler:
                 self._stepping = False
                 self._collect(loaded)
 
-    def embed(self, inputs: ModelInputs) -> torch.Tensor:
+    def reuse(self, inputs: ModelInputs, slot: int, limit: int) -> int:
+        """Puts the beginning of a request into a slot of its own, as far as its handle holds it.
+
+        Args:
+            inputs: a laid-out request.
+            slot: holds nothing else.
+            limit: positions wanted at most.
+
+        Returns:
+            The number of positions that the slot then holds.
+        """
+        if inputs.encoded is None:
+            return 0
+        held = inputs.encoded.held()
+        if held.prefix is None:
+            return 0
+        prefix, same = held.prefix, common_length(held.sources, inputs.sources)
+        length = min(same, limit)
+        self.step(lambda loaded: loaded.cache.copy_prefix(slot, prefix, length))
+        return length
+
+    def embed(self, inputs: ModelInputs, start: int = 0) -> torch.Tensor:
         """Text and visual rows of a request, a step for each part: others' tokens pass between.
 
         Args:
             inputs: a laid-out request.
+            start: position of the first row wanted; 0 unless a handle holds those before.
 
         Returns:
-            (num_tokens, hidden_size).
+            (num_tokens - start, hidden_size).
         """
+        if inputs.encoded is not None:
+            features = inputs.encoded.held().features
+            placed = []
+            for span, first in inputs.feature_rows:
+                if span.end > start:
+                    behind = max(start - span.start, 0)
+                    rows = features[first + behind : first + span.end - span.start]
+                    placed.append((span.start + behind - start, rows))
+            ids = inputs.input_ids[start:]
+            return self.step(lambda loaded: loaded.model.place(ids, placed))
+        assert start == 0
         model = self.loaded().model
         embeds = self.step(lambda loaded: loaded.model.new_inputs_embeds(inputs))
         for part in model.parts(inputs):
@@ -177,11 +213,11 @@ class Scheduler:
             self._collect_now()
 
     @contextmanager
-    def hold_slot(self) -> Iterator[int]:
-        """An empty slot for the length of a `with`, for calls that do not decode."""
+    def hold_slot(self, inputs: ModelInputs) -> Iterator[int]:
+        """A slot for one request for the length of a `with`, for calls that do not decode."""
         call = Call(threading.get_ident())
         try:
-            slot = self._take_slot(call, wait=True)
+            slot = self._take_slot(call, inputs, wait=True)
             assert slot is not None
             yield slot
         finally:
@@ -190,12 +226,14 @@ class Scheduler:
 
     def _admit(self, request: Request, call: Call, *, wait: bool) -> bool:
         """Gives a request a slot and prefills it; False if none is free and `wait` is not set."""
-        slot = self._take_slot(call, wait=wait)
+        inputs = request.inputs
+        slot = self._take_slot(call, inputs, wait=wait)
         if slot is None:
             return False
         device = self.loaded().model.device
         started = mark(device)
-        embeds = self.embed(request.inputs)
+        request.cached_tokens = self.reuse(inputs, slot, inputs.num_tokens - 1)
+        embeds = self.embed(inputs, request.cached_tokens)
         embedded = mark(device)
         self.step(lambda loaded: self._prefill(loaded, request, slot, embeds, started, embedded))
         return True
@@ -209,7 +247,8 @@ class Scheduler:
         started: Mark,
         embedded: Mark,
     ) -> None:
-        logits = loaded.model.language_model.prefill(embeds, loaded.cache, slot)[0]
+        start = request.cached_tokens
+        logits = loaded.model.language_model.prefill(embeds, loaded.cache, slot, start)[0]
         request.stages = (started, embedded, mark(loaded.model.device))
         loaded.runner.admit(slot, request.slot_state(logits))
         self._requests[slot] = request
@@ -234,16 +273,21 @@ class Scheduler:
                 request.accept(result)
             self._results.popleft()
 
-    def _take_slot(self, call: Call, *, wait: bool) -> int | None:
-        """An empty slot, or None; with `wait` blocks until there is one."""
+    def _take_slot(self, call: Call, inputs: ModelInputs, *, wait: bool) -> int | None:
+        """A slot, empty but for what it still has of the request's handle; None if none is free,
+        unless `wait` is set: that blocks until there is one.
+        """
+        self.loaded()  # before the handle: closing released it
+        prefix = None if inputs.encoded is None else inputs.encoded.held().prefix
         with self._lock:
             while True:
                 self._check_not_stepping()
                 loaded = self.loaded()
                 self._collect(loaded)
-                if None in self._calls:
-                    slot = self._calls.index(None)
-                    loaded.cache.truncate(slot, 0)
+                free = [slot for slot, taken in enumerate(self._calls) if taken is None]
+                if free:
+                    slot = max(free, key=lambda slot: loaded.cache.num_copied(slot, prefix))
+                    loaded.cache.truncate(slot, loaded.cache.num_copied(slot, prefix))
                     self._calls[slot] = call
                     return slot
                 if not wait:
@@ -296,6 +340,13 @@ class Scheduler:
             freed = True
         if freed:
             self._changed.notify_all()
+
+
+def common_length(left: Sequence[int] | IntArray, right: Sequence[int] | IntArray) -> int:
+    """Length of the longest common prefix."""
+    size = min(len(left), len(right))
+    differs = np.flatnonzero(np.asarray(left[:size]) != np.asarray(right[:size]))
+    return int(differs[0]) if len(differs) else size
 
 
 def _encoding(inputs: ModelInputs, part: Part, embeds: torch.Tensor) -> Callable[[Loaded], object]:

@@ -11,9 +11,10 @@ import torch
 
 from ovfast.errors import CapacityError, PromptError
 from ovfast.model_inputs import ModelInputs
+from ovfast.models.qwen2 import Qwen2
 from ovfast.outputs import ScoreOutput
 from ovfast.processor import Processor
-from ovfast.scheduler import Loaded, Scheduler
+from ovfast.scheduler import Loaded, Scheduler, common_length
 
 LOGIT_ROWS = 64  # rows through the head at a time: 39 MB of float32 at 152 000 ids
 
@@ -75,17 +76,19 @@ def score_continuations(
     """
     prompt_ids = inputs.input_ids.tolist()
     shared = min([len(prompt_ids) - 1] + [common_length(prompt_ids, ids) for ids in full])
-    embeds = scheduler.embed(inputs)
+    start = scheduler.reuse(inputs, slot, shared)
+    embeds = scheduler.embed(inputs, start)
+    first, rest = embeds[: shared - start], embeds[shared - start :]
 
     def prefill(loaded: Loaded) -> None:
-        loaded.model.language_model.prefill_hidden(embeds[:shared], loaded.cache, slot)
+        loaded.model.language_model.prefill_hidden(first, loaded.cache, slot, start)
 
     def score(ids: list[int]) -> ScoreOutput:
         return scheduler.step(
-            lambda loaded: _score_one(loaded, slot, shared, embeds, prompt_ids, ids)
+            lambda loaded: _score_one(loaded, slot, shared, rest, prompt_ids, ids)
         )
 
-    if shared:
+    if len(first):
         scheduler.step(prefill)
     return [score(ids) for ids in full]
 
@@ -124,11 +127,13 @@ def fill_logits(
     distinct = sorted(set(wanted))
     row_of = {position: row for row, position in enumerate(distinct)}
     rows = torch.tensor([row_of[p] for p in wanted], dtype=torch.int64, device=logits.device)
-    embeds = scheduler.embed(inputs)
+    start = scheduler.reuse(inputs, slot, distinct[0] if distinct else 0)
+    embeds = scheduler.embed(inputs, start)
+    own = [position - start for position in distinct]
 
     def fill(loaded: Loaded) -> None:
         language_model = loaded.model.language_model
-        hidden = language_model.prefill_hidden(embeds, loaded.cache, slot, 0, distinct)
+        hidden = language_model.prefill_hidden(embeds, loaded.cache, slot, start, own)
         for first in range(0, len(wanted), LOGIT_ROWS):
             block = slice(first, first + LOGIT_ROWS)
             logits[block] = language_model.logits(hidden[rows[block]])
@@ -136,11 +141,38 @@ def fill_logits(
     scheduler.step(fill)
 
 
-def common_length(left: list[int], right: list[int]) -> int:
-    """Length of the longest common prefix."""
-    size = min(len(left), len(right))
-    differs = np.flatnonzero(np.array(left[:size]) != np.array(right[:size]))
-    return int(differs[0]) if len(differs) else size
+def likelihoods(
+    language_model: Qwen2, hidden: torch.Tensor, pairs: Sequence[tuple[int, int]]
+) -> list[tuple[float, bool]]:
+    """How likely tokens are.
+
+    Args:
+        language_model: of the engine.
+        hidden: (rows, hidden_size), before the head.
+        pairs: a row, and a token that may follow it.
+
+    Returns:
+        The token's log-probability, and whether it is the most likely one, for each pair.
+    """
+    found: dict[int, tuple[float, bool]] = {}
+    for first in range(0, len(hidden), LOGIT_ROWS):
+        logits = language_model.logits(hidden[first : first + LOGIT_ROWS])
+        here = [i for i, (row, _) in enumerate(pairs) if first <= row < first + LOGIT_ROWS]
+        own = torch.tensor([pairs[i] for i in here], dtype=torch.int64, device=logits.device)
+        rows, tokens = own.view(-1, 2).unbind(1)
+        rows = rows - first
+        logprobs = logits.log_softmax(-1)[rows, tokens].tolist()
+        best = (logits.argmax(-1)[rows] == tokens).tolist()
+        found.update(zip(here, zip(logprobs, best, strict=True), strict=True))
+    return [found[i] for i in range(len(pairs))]
+
+
+def score_output(token_ids: Sequence[int], found: Sequence[tuple[float, bool]]) -> ScoreOutput:
+    """The score of tokens, of what `likelihoods` found for each."""
+    logprobs = tuple(logprob for logprob, _ in found)
+    total = float(np.sum(logprobs, dtype=np.float64))
+    greedy = all(is_best for _, is_best in found)
+    return ScoreOutput(total, total / len(logprobs), tuple(token_ids), logprobs, greedy)
 
 
 def _score_one(
@@ -151,24 +183,16 @@ def _score_one(
     prompt_ids: list[int],
     ids: list[int],
 ) -> ScoreOutput:
-    """Scores ids after the prompt's; the cache holds the first `shared` of them."""
+    """Scores ids after the prompt's; the cache holds the first `shared` of them, `embeds` the rest
+    of the prompt.
+    """
     cache, language_model = loaded.cache, loaded.model.language_model
     cache.truncate(slot, shared)
     num_prompt = len(prompt_ids)
     common = common_length(prompt_ids, ids)
     tail = torch.tensor(ids[common:-1], dtype=torch.int64, device=embeds.device)
-    rows = torch.cat((embeds[shared:common], language_model.embed(tail)))
+    rows = torch.cat((embeds[: common - shared], language_model.embed(tail)))
     wanted = list(range(num_prompt - 1 - shared, len(ids) - 1 - shared))
     hidden = language_model.prefill_hidden(rows, cache, slot, shared, wanted)
-    targets = torch.tensor(ids[num_prompt:], device=embeds.device)
-    logprobs: list[float] = []
-    greedy = True
-    for first in range(0, len(wanted), LOGIT_ROWS):
-        logits = language_model.logits(hidden[first : first + LOGIT_ROWS])
-        block = targets[first : first + LOGIT_ROWS]
-        logprobs += logits.log_softmax(-1).gather(1, block[:, None])[:, 0].tolist()
-        greedy = greedy and bool((logits.argmax(-1) == block).all())
-    total = float(np.sum(logprobs, dtype=np.float64))
-    return ScoreOutput(
-        total, total / len(logprobs), tuple(ids[num_prompt:]), tuple(logprobs), greedy
-    )
+    own = ids[num_prompt:]
+    return score_output(own, likelihoods(language_model, hidden, list(enumerate(own))))

@@ -103,7 +103,8 @@ def decode_clip(
 
 def _video_stream(container: "av.container.InputContainer") -> "av.video.VideoStream | None":
     for stream in container.streams.video:
-        if not int(stream.disposition) & _ATTACHED_PICTURE and stream.codec_context is not None:
+        is_cover = stream.disposition.value & _ATTACHED_PICTURE  # a Flag, no IntFlag, up to PyAV 15
+        if not is_cover and stream.codec_context is not None:
             stream.thread_type = "AUTO"
             return stream
     return None

@@ -44,6 +44,25 @@ def test_the_answer_follows_the_picture(engine):
     assert answers == [f"A red star at the {place}." for place in places]
 
 
+def test_questions_over_a_handle(engine):
+    """The sample questions about one picture, over its prefix, and its colours as options."""
+    picture = samples_path() / "shapes.png"
+    questions = ["What shapes are there?", "How many shapes?", "What is in the top left?"]
+    with engine.encode(images=picture, keep="prefix") as handle:
+        for question in questions:
+            expected = engine.generate(question, images=picture)
+            got = engine.generate(question, media=handle)
+            assert (got.text, got.token_ids) == (expected.text, expected.token_ids)
+            assert got.usage.cached_tokens == handle.num_prefix_tokens
+            options = [expected.text, "A red cube.", "No.", "A pink star at the top left."]
+            found = engine.choose(question, options, media=handle)
+            assert found.index == 0
+            assert found.probabilities[0] > 0.9
+            for option, score in zip(options, found.scores, strict=True):
+                alone = engine.score(question, [option], images=picture)[0]
+                assert score.logprob == pytest.approx(alone.logprob, rel=1e-5)
+
+
 def test_held_out_scenes(engine):
     """A sample of the evaluation whose full table README shows; bounds allow for 30 a kind."""
     rows = {row.kind: row.share for row in evaluate(engine, 30)}

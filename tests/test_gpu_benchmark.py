@@ -1,54 +1,63 @@
-"""What of `make gpu` can be proven without a device: its arithmetic, its records, its refusal."""
+"""What of `make gpu` can be proven without a device: its records and its refusal."""
 
-import dataclasses
-import json
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from ovfast.config import ModelConfig
-from tests.support.checkpoints import PRESETS, make_checkpoint
+from ovfast import OptionError
+from ovfast.bench.calibration import Calibration
+from ovfast.bench.limits import Limits
+from ovfast.bench.record import read
+from tests.bench.records import header
 
 device_timing = pytest.importorskip("benchmarks.device_timing")
-gpu = pytest.importorskip("benchmarks.gpu", reason="needs triton")
+pytest.importorskip("benchmarks.gpu", reason="needs triton")
+
+LIMITS = Limits({"copy": 1.0}, bfloat16_gflops=1000.0)  # 1 GB/s, 1 TFLOP/s
+CPU_MACHINE = Calibration("cpu", "native", 2, Limits({"2": 1.0}, 100.0), {}).as_dict()
+MACHINE = Calibration("cuda", "triton", 2, LIMITS, {}).as_dict()
 
 
-def test_tower_flop_is_the_design_figure(tmp_path):
-    """0.642 TFLOP a view of the full tower, attention and products."""
-    spec = PRESETS["0.5b"]
-    tiny = make_checkpoint(tmp_path)
-    config = ModelConfig.from_checkpoint(tiny)
-    vision = dataclasses.replace(
-        config.vision,
-        hidden_size=spec.vision_hidden,
-        intermediate_size=spec.vision_mlp,
-        num_layers=spec.vision_layers,
-        num_heads=spec.vision_heads,
-        image_size=384,
-    )
-    full = dataclasses.replace(config, vision=vision)
-    assert gpu.tower_flop(full, 1) == pytest.approx(0.642e12, rel=2e-3)
-    assert gpu.tower_flop(full, 7) == pytest.approx(7 * gpu.tower_flop(full, 1))
+def open_records(path, budget_s: float = 60.0, gpu: str | None = "A GPU"):
+    machine = MACHINE if gpu else CPU_MACHINE
+    return device_timing.Records(path, budget_s, header(gpu=gpu, machine=machine))
 
 
-def test_records_hold_ratios_and_floors(tmp_path, capsys):
-    records = device_timing.Records(tmp_path / "deep" / "rows.jsonl", budget_s=60)
-    ceilings = object.__new__(device_timing.Ceilings)
-    ceilings.flop_per_s, ceilings.bytes_per_s = 1e12, 1e9
-    samples = {"ovfast": [2.0, 2.0, 4.0], "torch": [6.0, 8.0, 8.0]}
-    records.race("kernels", "one", samples, ceilings, flop=1e9)
-    row = json.loads((tmp_path / "deep" / "rows.jsonl").read_text())
-    assert row["times"]["ovfast"]["median_ms"] == 2.0
-    assert row["times_faster_than_torch"] == [3.0, 2.0, 4.0]
-    assert row["floor_ms"] == 1.0
-    assert row["share_of_limit"] == 0.5
-    assert row["tflop_per_s"] == 0.5
-    assert row["samples"] == samples
-    assert "one" in capsys.readouterr().out
+def test_races_become_rows_with_floors(tmp_path, capsys):
+    records = open_records(tmp_path / "deep" / "rows.jsonl")
+    samples = {"ovfast": [2.0, 2.0, 4.0], "torch": [6.0, 8.0, 8.0], "64x128": [3.0, 3.0, 3.0]}
+    records.race("kernels", "one", samples, flop=1e9)
+    rows = read(tmp_path / "deep" / "rows.jsonl").rows
+    assert [(row.side, row.parameters.get("variant")) for row in rows] == [
+        ("ovfast", None),
+        ("torch", None),
+        ("ovfast", "64x128"),
+    ]
+    assert [list(row.samples) for row in rows] == list(samples.values())
+    assert {row.floor for row in rows} == {1.0}
+    assert {row.parameters["device"] for row in rows} == {"cuda"}
+    said = capsys.readouterr().out
+    assert "ovfast against torch: 3 times" in said
+    assert "no difference shown" in said  # three pairs are too few to say more
     assert not records.is_over
-    assert device_timing.Records(tmp_path / "r.jsonl", budget_s=-1).is_over
+
+
+def test_failures_become_rows(tmp_path, capsys):
+    records = open_records(tmp_path / "rows.jsonl", budget_s=-1)
+    assert records.is_over
+    records.failed("latency", "tower", "left out: the time budget is over")
+    (row,) = read(tmp_path / "rows.jsonl").rows
+    assert row.error == "left out: the time budget is over"
+    assert "left out" in capsys.readouterr().out
+
+
+def test_no_device_no_figures(tmp_path):
+    records = open_records(tmp_path / "rows.jsonl", gpu=None)
+    with pytest.raises(OptionError, match="names no GPU"):
+        records.race("kernels", "one", {"ovfast": [2.0]})
+    assert read(tmp_path / "rows.jsonl").rows == ()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -97,6 +97,68 @@ def test_room_and_truncation():
         cache.truncate(slot, 5)
 
 
+def filled(length: int, value: float) -> KVCache:
+    """A cache of one slot, as a handle keeps it."""
+    cache = make_cache(num_slots=1, max_positions=length)
+    for tensor in (cache.k_cache, cache.v_cache):
+        tensor.fill_(value)
+    cache.lengths[0] = length
+    return cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copying_a_prefix(dtype: torch.dtype):
+    caches = [
+        KVCache(CONFIG, num_slots=slots, max_positions=8, dtype=dtype, device=torch.device("cpu"))
+        for slots in (2, 1)
+    ]
+    cache, source = caches
+    for own in caches:
+        own.k_cache.normal_()
+        own.v_cache.normal_()
+    before = cache.k_cache.clone(), cache.v_cache.clone()
+    source.lengths[0] = 5
+    cache.copy_prefix(1, source, 4)
+    assert cache.lengths == [0, 4]
+    for own, other, old in (
+        (cache.k_cache, source.k_cache, before[0]),
+        (cache.v_cache, source.v_cache, before[1]),
+    ):
+        assert torch.equal(own[:, 1, :, :4], other[:, 0, :, :4])
+        assert torch.equal(own[:, 1, :, 4:], old[:, 1, :, 4:])
+        assert torch.equal(own[:, 0], old[:, 0])
+    with pytest.raises(AssertionError):
+        make_cache().copy_prefix(0, source, 6)
+
+
+def test_a_slot_knows_what_it_has_of_a_prefix():
+    """Longer and shorter wishes copy what is missing; anything written over it is forgotten."""
+    cache, source, other = make_cache(), filled(6, 1.0), filled(6, 2.0)
+    cache.copy_prefix(0, source, 4)
+    assert [cache.num_copied(0, c) for c in (source, other, None)] == [4, 0, 0]
+    source.k_cache.fill_(3)  # shows what is copied again
+    cache.copy_prefix(0, source, 6)
+    assert cache.k_cache[0, 0, 0, :6, 0].tolist() == [1, 1, 1, 1, 3, 3]
+    cache.copy_prefix(0, source, 2)
+    assert (cache.lengths[0], cache.num_copied(0, source)) == (2, 2)
+    cache.lengths[0] = 8  # a request went on behind it
+    assert cache.num_copied(0, source) == 2
+    cache.truncate(0, 1)
+    assert cache.num_copied(0, source) == 1
+    cache.truncate(0, 0)
+    cache.copy_prefix(0, other, 3)
+    assert (cache.num_copied(0, source), cache.num_copied(0, other)) == (0, 3)
+    del other
+    assert cache.num_copied(0, None) == 0, "a cache that is gone is not no cache"
+    cache.lengths[0] = 5
+    with pytest.raises(AssertionError):
+        cache.copy_prefix(0, source, 3)  # over positions of a request
+    slot = cache.allocate()
+    cache.copy_prefix(slot, source, 3)
+    cache.free(slot)
+    assert cache.num_copied(slot, source) == 0
+
+
 def test_memory_that_cannot_be_reserved():
     config = dataclasses.replace(CONFIG, num_layers=10_000, head_dim=4096)
     with pytest.raises(CapacityError, match="GB"):

@@ -34,6 +34,10 @@ def test_many_calls_do_not_grow(
                 next(engine.stream(**request, **options))  # dropped half-way
                 engine.score(**request, continuations=["yes", "no"])
                 engine.forward(engine.prepare(**request))
+                handle = engine.encode(**request, keep="prefix")
+                engine.choose(request["prompt"], ["yes", "no way"], media=handle)
+                if turn % 20 == 0:
+                    handle.release()  # else dropped
 
         for turn in range(first):
             call(turn)

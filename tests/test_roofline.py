@@ -8,6 +8,7 @@ from ovfast import roofline
 from ovfast.anyres import VisualGeometry, VisualOptions, VisualPlan, plan_image, plan_video
 from ovfast.config import ModelConfig, TextConfig, VisionConfig
 from ovfast.roofline import Machine, estimate_request
+from ovfast.stage_cost import Rates, StageRates
 
 SIGLIP = VisionConfig(1152, 4304, 26, 16, 384, 14, 1e-6)
 PINPOINTS = tuple((384 * rows, 384 * cols) for rows in range(1, 7) for cols in range(1, 7))
@@ -107,8 +108,24 @@ def test_tower_floors(num_views: int, tflop: float, floor_ms: float) -> None:
     ],
 )
 def test_prefill_floors(name: str, num_tokens: int, floor_ms: float) -> None:
-    flops = roofline.prefill_flops(TEXTS[name], num_tokens)
+    """The worked figures count the last layer for all positions."""
+    flops = roofline.prefill_flops(TEXTS[name], num_tokens) + skipped(TEXTS[name], num_tokens)
     assert H200.floor_ms(flops, 0) == pytest.approx(floor_ms, rel=1e-2)
+
+
+def skipped(text: TextConfig, num_tokens: int) -> int:
+    """FLOPs of the last layer that the last position's logits do not need: all but k and v."""
+    layer = roofline.text_body_params(text) / text.num_layers
+    needed = 2 * text.hidden_size * text.num_kv_heads * text.head_dim
+    attention = 2 * (num_tokens**2 - 2 * num_tokens) * text.num_heads * text.head_dim
+    return round(2 * (num_tokens - 1) * (layer - needed)) + attention
+
+
+@pytest.mark.parametrize(("name", "share"), [("0.5B", 0.040), ("7B", 0.035)])
+def test_the_last_layer_s_saving(name: str, share: float) -> None:
+    saved = skipped(TEXTS[name], 2000)
+    whole = roofline.prefill_flops(TEXTS[name], 2000) + saved
+    assert saved / whole == pytest.approx(share, abs=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -159,17 +176,19 @@ def test_shrunk_picture_skips_rows_in_both_linears() -> None:
 
 
 def test_estimate_of_a_picture() -> None:
-    """TTFT floors of 1024 × 768 with 30 text tokens: 5.7 ms tower and 5.5 (84.3) ms prefill."""
+    """TTFT floors of 1024 × 768 with 30 text tokens: 5.7 ms tower and 5.5 (84.3) ms prefill,
+    4 (3.5) % of which the last layer saves.
+    """
     plan = image_plan((768, 1024))
     small = estimate_request(model("0.5B"), [plan], 30, 128, 2, 2, H200)
     assert (small.num_views, small.visual_tokens, small.text_tokens) == (7, 4725, 30)
     assert small.prompt_tokens == 4755
     assert small.kv_cache_bytes == (4755 + 128) * 12_288
     assert small.weight_bytes == pytest.approx(1.79e9, rel=5e-3)
-    assert small.ttft_floor_ms == pytest.approx(5.69 + 0.024 + 5.5, rel=1e-2)
+    assert small.ttft_floor_ms == pytest.approx(5.69 + 0.024 + 5.5 * 0.96, rel=1e-2)
     assert small.tpot_floor_ms == pytest.approx(0.24, rel=2e-2)
     large = estimate_request(model("7B"), [plan], 30, 128, 2, 2, H200)
-    assert large.ttft_floor_ms == pytest.approx(5.69 + 0.22 + 84.3, rel=1e-2)
+    assert large.ttft_floor_ms == pytest.approx(5.69 + 0.22 + 84.3 * 0.965, rel=1e-2)
     assert large.tpot_floor_ms == pytest.approx(3.35, rel=1e-2)
 
 
@@ -182,6 +201,62 @@ def test_estimate_without_a_machine_has_counts_but_no_times() -> None:
     expected = dataclasses.replace(with_times, ttft_floor_ms=None, tpot_floor_ms=None)
     assert without == expected
     assert without.as_dict()["visual_tokens"] == 4725
+
+
+def test_attention_may_have_a_rate_of_its_own() -> None:
+    stage = roofline.prefill_stage(TEXTS["0.5B"], 2000, 1)
+    both = stage.product_flops / 1e9 + stage.attention_flops / 0.5e9
+    assert stage.floor_ms(Machine(1e6, 1e3, attention_gflops=500)) == pytest.approx(both)
+    reads = stage.weight_bytes / 1e6
+    assert stage.floor_ms(Machine(1, 1e6, attention_gflops=500)) == pytest.approx(reads)
+
+
+RATES = Rates(
+    tower=StageRates(gflops=100, attention_gflops=50, layer_ms=0.5),
+    prefill=StageRates(gflops=80, attention_gflops=40, layer_ms=0.25),
+    weights_gb_per_s=20,
+    cache_gb_per_s=10,
+    step_layer_ms=0.125,
+    request_ms=2,
+    picture_ms_per_megapixel=30,
+)
+CPU = Machine(read_gb_per_s=25, gflops=150, rates=RATES)
+
+
+def test_predictions_are_sums_at_the_machine_s_rates() -> None:
+    plan, config = image_plan((768, 1024)), model("0.5B")
+    tower, projector, prefill = roofline.request_stages(config, [plan], 30, 2)
+    assert [stage.name for stage in (tower, projector, prefill)] == [
+        "tower",
+        "projector",
+        "prefill",
+    ]
+    tower_ms = tower.product_flops / 100e6 + tower.attention_flops / 50e6 + 7 * 26 * 0.5
+    assert tower.predicted_ms(RATES) == pytest.approx(tower_ms)
+    together = dataclasses.replace(RATES, views_a_step=4)
+    assert tower.predicted_ms(together) == pytest.approx(tower_ms - 5 * 26 * 0.5)
+    assert projector.predicted_ms(RATES) == pytest.approx(projector.flops / 100e6)
+    prefill_ms = prefill.product_flops / 80e6 + prefill.attention_flops / 40e6 + 24 * 0.25
+    assert prefill.predicted_ms(RATES) == pytest.approx(prefill_ms)
+    step = roofline.decode_stage(config.text, 4755 + 64, 2, 4)
+    step_ms = step.weight_bytes / 20e6 + step.cache_bytes / 10e6 + 24 * 0.125
+    assert step.predicted_ms(RATES) == pytest.approx(step_ms)
+    got = estimate_request(config, [plan], 30, 128, 2, 4, CPU)
+    ttft_ms = 2 + 0.786432 * 30 + tower_ms + projector.flops / 100e6 + prefill_ms
+    assert got.ttft_ms == pytest.approx(ttft_ms)
+    assert got.tpot_ms == pytest.approx(step_ms)
+    assert got.ttft_ms > got.ttft_floor_ms
+    assert estimate_request(config, [plan], 30, 128, 2, 4, H200).ttft_ms is None
+
+
+def test_a_short_prompt_and_a_step_take_the_time_of_their_weights() -> None:
+    """Until a step has so many rows that products take longer."""
+    prefill = roofline.prefill_stage(TEXTS["0.5B"], 2, 2)
+    assert prefill.predicted_ms(RATES) == pytest.approx(prefill.weight_bytes / 20e6 + 6, rel=1e-2)
+    steps = [roofline.decode_stage(TEXTS["0.5B"], 1, 2, 4, rows) for rows in (1, 2, 16)]
+    times = [step.predicted_ms(RATES) for step in steps]
+    assert times[0] == pytest.approx(times[1], rel=1e-2)
+    assert times[2] == pytest.approx(steps[2].product_flops / 80e6 + 3, rel=1e-2)
 
 
 def test_estimate_of_text_alone_reads_the_language_model_only() -> None:

@@ -1,15 +1,12 @@
 """Many threads on one engine, and Ctrl-C anywhere: the same tokens as alone, and no slot lost."""
 
 import _thread
-import linecache
 import os
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -20,6 +17,7 @@ from ovfast.models.llava_onevision import LlavaOnevision
 from ovfast.models.qwen2 import Qwen2
 from ovfast.models.siglip import SiglipTower
 from tests.support.engines import REQUESTS, free_slots, open_engine, run_threads
+from tests.support.interrupts import InterruptAtLine, is_interrupt
 
 NUM_SLOTS = 2
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
@@ -179,50 +177,6 @@ def test_ctrl_c_in_an_operation(
     tokens += [t for chunk in other for t in chunk.token_ids]
     assert tuple(tokens) == expected[1]
     assert tokens_of(engine, "image") == expected[0]
-
-
-FILES = ("scheduler.py", "runner.py", "request.py")
-# A store that follows no call and no jump: CPython looks for no signal before it, a tracer could.
-SIGNAL_FREE = (
-    "call.ended = True",
-    "self._stepping = False",
-    "state.is_over = ",
-    "state.logits, state.last_token, ",
-    "self._results.append(result)",
-    "return results",
-)
-
-
-class InterruptAtLine:
-    """Raises KeyboardInterrupt before the n-th line that runs in the engine's loop."""
-
-    def __init__(self, line: int) -> None:
-        self.left = line
-
-    def __enter__(self) -> None:
-        sys.settrace(self.trace)
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
-
-    def trace(self, frame: FrameType, event: str, _: object) -> Any:
-        path = Path(frame.f_code.co_filename)
-        if path.name not in FILES or path.parent.name != "ovfast":
-            return None
-        source = linecache.getline(str(path), frame.f_lineno).strip()
-        if event == "line" and not source.startswith(SIGNAL_FREE):
-            self.left -= 1
-            if self.left == 0:
-                sys.settrace(None)
-                raise KeyboardInterrupt(f"{path.name}:{frame.f_lineno}")
-        return self.trace
-
-
-def is_interrupt(error: BackendError) -> bool:
-    """Whether a request says that Ctrl-C cut one of its steps in two; any other error is raised."""
-    if "an interrupt (Ctrl-C) cut a step" not in str(error):
-        raise error
-    return True
 
 
 def test_ctrl_c_at_every_line_of_the_loop(engine: Engine) -> None:

@@ -65,7 +65,7 @@ class Call(NamedTuple):
     cancelled: threading.Event  # nobody waits for the answer any more
 
 
-class OVFastLLM(litellm.CustomLLM):  # type: ignore[misc]
+class OVFastLLM(litellm.CustomLLM):
     """Answers LiteLLM's calls; models are loaded when first named and kept.
 
     Args:

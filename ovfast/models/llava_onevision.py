@@ -174,6 +174,22 @@ class LlavaOnevision:
         )
         return features
 
+    def place(self, input_ids: NDArray[np.int64], features: Sequence[tuple[int, Tensor]]) -> Tensor:
+        """Rows of text, with visual rows that were encoded before among them.
+
+        Args:
+            input_ids: (num_tokens,).
+            features: a position, and the rows (num_rows, hidden_size) from there on.
+
+        Returns:
+            (num_tokens, hidden_size).
+        """
+        token_ids = torch.from_numpy(input_ids.astype(np.int32)).to(self.device)
+        rows = self.language_model.embed(token_ids)
+        for first, own in features:
+            rows[first : first + len(own)] = own
+        return rows
+
     def _pixels(self, inputs: Inputs, part: Part) -> Pixels:
         """The views of a part's pictures, whose plans stand side by side."""
         first, last = part.spans[0].plan_index, part.spans[-1].plan_index + 1

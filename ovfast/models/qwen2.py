@@ -98,14 +98,45 @@ class Qwen2:
         assert start == cache.lengths[slot]
         cache.check_room(slot, num_tokens)
         hidden_states = inputs_embeds.clone()
-        cos, sin = self._rope_table(start, start + num_tokens)
+        rope = self._rope_table(start, start + num_tokens)
         for index in range(len(self.layers)):
             if poll is not None:
                 poll()
             is_last = index == len(self.layers) - 1
             rows = wanted if is_last else range(num_tokens)
-            hidden_states = self._run_layer(index, hidden_states, cos, sin, cache, slot, rows)
+            hidden_states = self._run_layer(index, hidden_states, rope, cache, slot, rows)
         cache.lengths[slot] = start + num_tokens
+        return hidden_states
+
+    def branch_hidden(
+        self,
+        branches: Sequence[Tensor],
+        cache: KVCache,
+        slot: int,
+    ) -> Tensor:
+        """Runs several continuations of a slot side by side; each sees the slot and itself.
+
+        They share one pass over the weights. In a layer each takes the positions behind the slot's
+        in turn: no other layer needs them afterwards.
+
+        Args:
+            branches: embeddings (num_tokens, hidden_size) of each.
+            cache: positions behind the slot's are overwritten; the slot keeps its length.
+            slot: of the cache.
+
+        Returns:
+            Rows for `logits` of all branches, one after another: (rows, hidden_size).
+
+        Raises:
+            CapacityError: the slot is too short.
+        """
+        start, sizes = cache.lengths[slot], [len(branch) for branch in branches]
+        cache.check_room(slot, max(sizes))
+        hidden_states = torch.cat(list(branches))
+        rope = self._rope_table(start, start + max(sizes))
+        rows = range(len(hidden_states))
+        for index in range(len(self.layers)):
+            hidden_states = self._run_layer(index, hidden_states, rope, cache, slot, rows, sizes)
         return hidden_states
 
     def decode(self, token_id: int, cache: KVCache, slot: int) -> Tensor:
@@ -125,9 +156,9 @@ class Qwen2:
         cache.check_room(slot, 1)
         position = cache.lengths[slot]
         hidden_states = self.embed(torch.tensor([token_id], dtype=torch.int32, device=self.device))
-        cos, sin = self._rope_table(position, position + 1)
+        rope = self._rope_table(position, position + 1)
         for index in range(len(self.layers)):
-            hidden_states = self._run_layer(index, hidden_states, cos, sin, cache, slot, range(1))
+            hidden_states = self._run_layer(index, hidden_states, rope, cache, slot, range(1))
         cache.lengths[slot] = position + 1
         return self.logits(hidden_states)[0]
 
@@ -144,20 +175,30 @@ class Qwen2:
         self,
         index: int,
         hidden_states: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        rope: tuple[Tensor, Tensor],
         cache: KVCache,
         slot: int,
         rows: Sequence[int],
+        branches: Sequence[int] = (),
     ) -> Tensor:
         """One layer; writes keys and values of all rows, computes the rest for `rows` only.
+
+        `branches`: sizes of continuations that stand one after another in hidden_states; then all
+        rows are wanted.
 
         Returns the residual stream of `rows`; hidden_states is overwritten.
         """
         ops, layer, eps = self._ops, self.layers[index], self.config.rms_norm_eps
         x = ops.rms_norm(hidden_states, layer.input_layernorm, eps)
-        start = cache.lengths[slot]
-        attended = self._attend(layer, x, cos, sin, cache.layer(index, slot), start, rows)
+        qkv = ops.linear(x, layer.qkv_proj)
+        start, layer_cache = cache.lengths[slot], cache.layer(index, slot)
+        if branches:
+            parts = torch.split(qkv, list(branches))
+            attended = torch.cat(
+                [self._attend(p, rope, layer_cache, start, range(len(p))) for p in parts]
+            )
+        else:
+            attended = self._attend(qkv, rope, layer_cache, start, rows)
         if len(rows) < len(hidden_states):
             hidden_states = hidden_states[list(rows)]
         ops.add_linear(attended, layer.o_proj, hidden_states)
@@ -169,19 +210,17 @@ class Qwen2:
 
     def _attend(
         self,
-        layer: _Layer,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        qkv: Tensor,
+        rope: tuple[Tensor, Tensor],
         layer_cache: tuple[Tensor, Tensor],
         start: int,
         rows: Sequence[int],
     ) -> Tensor:
-        ops, config = self._ops, self.config
-        num_heads, num_kv_heads, num_tokens = config.num_heads, config.num_kv_heads, len(x)
-        (k_cache, v_cache), stop = layer_cache, start + num_tokens
-        qkv = ops.linear(x, layer.qkv_proj)
+        ops, config, (k_cache, v_cache) = self._ops, self.config, layer_cache
+        num_heads, num_kv_heads, num_tokens = config.num_heads, config.num_kv_heads, len(qkv)
+        cos, sin = (table[:num_tokens] for table in rope)
         q = ops.rope_and_store(qkv, cos, sin, k_cache, v_cache, start, num_heads, num_kv_heads)
+        stop = start + num_tokens
         k, v = k_cache[:, :stop], v_cache[:, :stop]
         if len(rows) == 1 and rows[0] == num_tokens - 1:
             return ops.decode_attention(q[-1:], k, v)

@@ -1,4 +1,4 @@
-"""LiteLLM, unmodified, over a model in the process; run by `make test-integrations-shapes`."""
+"""LiteLLM, unmodified, over a model in the process; run by `make test-integrations`."""
 
 import asyncio
 import base64
@@ -13,7 +13,7 @@ import pytest
 import ovfast
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else its import asks the network
-litellm = pytest.importorskip("litellm", reason="run by make test-integrations-shapes")
+litellm = pytest.importorskip("litellm", reason="run by make test-integrations")
 
 # Of the types that litellm gives pydantic.
 pytestmark = pytest.mark.filterwarnings("ignore:Item.*ReadOnly:UserWarning")

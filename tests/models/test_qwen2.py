@@ -75,6 +75,30 @@ def test_several_continuations_of_one_prefix(model, embeds, cache, logits):
     torch.testing.assert_close(out, logits[200:250], **CLOSE)
 
 
+@pytest.mark.parametrize("sizes", [[1], [3], [1, 1], [4, 1, 70], [2, 2, 2]])
+def test_branches_side_by_side(model, embeds, cache, sizes):
+    """Each sees the prefix and itself, as if it alone followed; the slot stays as it was."""
+    language_model, slot = model.language_model, cache.allocate()
+    language_model.prefill(embeds[:200], cache, slot)
+    starts = [210, 230, 200][: len(sizes)]
+    branches = [embeds[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+    hidden = language_model.branch_hidden(branches, cache, slot)
+    assert cache.lengths[slot] == 200
+    together = language_model.logits(hidden).split(sizes)
+    for branch, logits in zip(branches, together, strict=True):
+        alone = language_model.prefill(branch, cache, slot, 200, range(len(branch)))
+        torch.testing.assert_close(logits, alone, **CLOSE)
+        cache.truncate(slot, 200)
+
+
+def test_branches_that_do_not_fit(model, embeds, cache):
+    language_model, slot = model.language_model, cache.allocate()
+    language_model.prefill(embeds, cache, slot)
+    language_model.branch_hidden([embeds[:4], embeds[:2]], cache, slot)
+    with pytest.raises(CapacityError, match="5 more tokens"):
+        language_model.branch_hidden([embeds[:2], embeds[:5]], cache, slot)
+
+
 def test_decoding_equals_prefill(model, cache, logits):
     request = make_request([Text(NUM_TOKENS)], model.config)
     slot = cache.allocate()

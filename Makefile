@@ -16,8 +16,6 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-
 CHECKED := $(CXX) -O1 -g1 -std=c++17 -pthread -Wall -Wextra -Werror
 STRESS := csrc/thread_pool.cpp tests/csrc/thread_pool_stress.cpp
 SANITIZED_OBJECTS := $(patsubst csrc/%.cpp,$(SANITIZED)/%.o,$(wildcard csrc/*.cpp))
-# The default number of threads of a test; more only fights over a small machine's cores.
-export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
@@ -26,6 +24,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m ovfast demo --out demo-out
+
+# torch's own threads would fight with the processes of the interpreter's tests over the cores.
+test test-all test-integrations: export OMP_NUM_THREADS := 1
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)

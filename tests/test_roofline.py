@@ -231,18 +231,22 @@ def test_predictions_are_sums_at_the_machine_s_rates() -> None:
         "projector",
         "prefill",
     ]
+    weights_ms = [stage.weight_bytes / 20e6 for stage in (tower, projector, prefill)]
     tower_ms = tower.product_flops / 100e6 + tower.attention_flops / 50e6 + 7 * 26 * 0.5
+    tower_ms += weights_ms[0]
     assert tower.predicted_ms(RATES) == pytest.approx(tower_ms)
     together = dataclasses.replace(RATES, views_a_step=4)
     assert tower.predicted_ms(together) == pytest.approx(tower_ms - 5 * 26 * 0.5)
-    assert projector.predicted_ms(RATES) == pytest.approx(projector.flops / 100e6)
+    projector_ms = projector.flops / 100e6 + weights_ms[1]
+    assert projector.predicted_ms(RATES) == pytest.approx(projector_ms)
     prefill_ms = prefill.product_flops / 80e6 + prefill.attention_flops / 40e6 + 24 * 0.25
+    prefill_ms += weights_ms[2]
     assert prefill.predicted_ms(RATES) == pytest.approx(prefill_ms)
     step = roofline.decode_stage(config.text, 4755 + 64, 2, 4)
     step_ms = step.weight_bytes / 20e6 + step.cache_bytes / 10e6 + 24 * 0.125
     assert step.predicted_ms(RATES) == pytest.approx(step_ms)
     got = estimate_request(config, [plan], 30, 128, 2, 4, CPU)
-    ttft_ms = 2 + 0.786432 * 30 + tower_ms + projector.flops / 100e6 + prefill_ms
+    ttft_ms = 2 + 0.786432 * 30 + tower_ms + projector_ms + prefill_ms
     assert got.ttft_ms == pytest.approx(ttft_ms)
     assert got.tpot_ms == pytest.approx(step_ms)
     assert got.ttft_ms > got.ttft_floor_ms
@@ -252,7 +256,10 @@ def test_predictions_are_sums_at_the_machine_s_rates() -> None:
 def test_a_short_prompt_and_a_step_take_the_time_of_their_weights() -> None:
     """Until a step has so many rows that products take longer."""
     prefill = roofline.prefill_stage(TEXTS["0.5B"], 2, 2)
-    assert prefill.predicted_ms(RATES) == pytest.approx(prefill.weight_bytes / 20e6 + 6, rel=1e-2)
+    products_ms = prefill.product_flops / 80e6
+    prefill_ms = prefill.weight_bytes / 20e6 + products_ms + 24 * 0.25
+    assert prefill.predicted_ms(RATES) == pytest.approx(prefill_ms, rel=1e-2)
+    assert products_ms < 0.4 * prefill_ms
     steps = [roofline.decode_stage(TEXTS["0.5B"], 1, 2, 4, rows) for rows in (1, 2, 16)]
     times = [step.predicted_ms(RATES) for step in steps]
     assert times[0] == pytest.approx(times[1], rel=1e-2)

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ovfast.anyres import VisualOptions, VisualPlan
-from ovfast.bench.limits import Limits, measure_limits, seconds, torch_threads
+from ovfast.bench.limits import Limits, best_of, measure_limits, seconds, torch_threads
 from ovfast.bench.slice_engine import TEXT, VISION, open_slice
 from ovfast.config import ModelConfig
 from ovfast.cpu_threads import available_threads
@@ -116,6 +116,8 @@ def calibrate(
     plain = ops.backend == "reference" and target.type == "cpu"
     with torch_threads(count if plain else torch.get_num_threads()):
         rates = {name: _measure_rates(target, ops.backend, name, count) for name in storages}
+    # Again at the end: one slow moment at the start would make limits that are then exceeded.
+    limits = best_of(limits, measure_limits(target, count))
     return Calibration(target.type, ops.backend, count, limits, rates)
 
 
@@ -209,12 +211,13 @@ def solve(
     sizes = weight_bytes_per_param, kv_bytes_per_element
     tower = StageRates(1.0, attention.view_gflops, 0.0)
     prefill = StageRates(1.0, attention.causal_gflops, 0.0)
-    weights_gb_per_s, step_layer_ms = 1.0, 0.0
+    step_layer_ms = 0.0
     for _ in range(2):
-        tower = _tower_rates(wide, narrow, tower, views_a_step)
-        prefill = _prefill_rates(wide, text, prefill)
         step = _step_rates(wide, text, sizes, attention.cache_gb_per_s, step_layer_ms)
         weights_gb_per_s, step_layer_ms = step
+        weight_ms = weight_bytes_per_param / (weights_gb_per_s * 1e6)
+        tower = _tower_rates(wide, narrow, tower, views_a_step, weight_ms)
+        prefill = _prefill_rates(wide, text, prefill, weight_ms)
     before_model = narrow.timings.media_ms + narrow.timings.preprocess_ms
     pictures_ms = before_model - text.timings.preprocess_ms
     return Rates(
@@ -229,26 +232,34 @@ def solve(
     )
 
 
-def _tower_rates(wide: Timed, narrow: Timed, before: StageRates, views_a_step: int) -> StageRates:
-    stages = []
+def _tower_rates(
+    wide: Timed, narrow: Timed, before: StageRates, views_a_step: int, weight_ms: float
+) -> StageRates:
+    """`weight_ms`: to read a weight."""
+    stages, times = [], []
     for timed in (wide, narrow):
         views = sum(plan.num_views for plan in timed.plans)
-        tower = tower_stage(timed.config.vision, views, 0)
-        products = tower.product_flops + projector_stage(timed.config, timed.plans, 0).product_flops
+        tower = tower_stage(timed.config.vision, views, 1)
+        projector = projector_stage(timed.config, timed.plans, 1)
+        products = tower.product_flops + projector.product_flops
+        weights = tower.weight_bytes + projector.weight_bytes
         groups = -(-views // views_a_step)
         stages.append((products, tower.attention_flops, groups * tower.num_layers))
-    times = wide.timings.vision_ms, narrow.timings.vision_ms
+        times.append(timed.timings.vision_ms - weights * weight_ms)
     return _solve_stage(stages, times, before)
 
 
-def _prefill_rates(wide: Timed, text: Timed, before: StageRates) -> StageRates:
-    stages = [prefill_stage(timed.config.text, timed.prompt_tokens, 0) for timed in (wide, text)]
-    work = [(s.product_flops, s.attention_flops, s.num_layers) for s in stages]
-    return _solve_stage(work, (wide.timings.prefill_ms, text.timings.prefill_ms), before)
+def _prefill_rates(wide: Timed, text: Timed, before: StageRates, weight_ms: float) -> StageRates:
+    work, times = [], []
+    for timed in (wide, text):
+        stage = prefill_stage(timed.config.text, timed.prompt_tokens, 1)
+        work.append((stage.product_flops, stage.attention_flops, stage.num_layers))
+        times.append(timed.timings.prefill_ms - stage.weight_bytes * weight_ms)
+    return _solve_stage(work, times, before)
 
 
 def _solve_stage(
-    work: Sequence[tuple[int, int, int]], times_ms: tuple[float, float], before: StageRates
+    work: Sequence[tuple[int, int, int]], times_ms: Sequence[float], before: StageRates
 ) -> StageRates:
     """From (products, attention, layers) of a wide and a narrow model and their times."""
     rest: list[float] = []

@@ -5,7 +5,7 @@ side can be faster than its limit for long; without the native back end reading 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from ovfast.ops import Ops, PackedLinear, make_ops
 
-__all__ = ["Limits", "best_seconds", "measure_limits", "seconds"]
+__all__ = ["Limits", "best_of", "best_seconds", "measure_limits", "seconds"]
 
 READ_BYTES = 256 << 20  # more than the caches of most CPUs
 ROWS, INNER, OUTER = 256, 1152, 4304  # a third of the tower's widest product: 20 ms
@@ -41,6 +41,27 @@ class Limits:
     int8_gops: float | None = None
     bfloat16_gflops: float | None = None
     launch_us: float | None = None
+
+
+def best_of(first: Limits, second: Limits) -> Limits:
+    """The better rate of two measurements of one device, one by one."""
+
+    def most(name: str) -> float | None:
+        found = [getattr(one, name) for one in (first, second) if getattr(one, name) is not None]
+        return max(found) if found else None
+
+    launches = [one.launch_us for one in (first, second) if one.launch_us is not None]
+    return Limits(
+        read_gb_per_s=_most_each(first.read_gb_per_s, second.read_gb_per_s),
+        float32_gflops=most("float32_gflops"),
+        int8_gops=most("int8_gops"),
+        bfloat16_gflops=most("bfloat16_gflops"),
+        launch_us=min(launches) if launches else None,
+    )
+
+
+def _most_each(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    return {key: max(value, second[key]) for key, value in first.items()}
 
 
 def measure_limits(device: torch.device, threads: int) -> Limits:

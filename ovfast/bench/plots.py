@@ -83,9 +83,12 @@ def draw(record: Record, directory: Path, stem: str) -> list[Path]:
 def stage_bars(record: Record) -> "Figure | None":
     """What the time to the first token is made of, the floor of each stage below it."""
     rows = [row for row in record.rows if row.suite == "latency" and row.samples]
-    workloads = list(
-        dict.fromkeys(row.workload for row in rows if row.side == OURS and row.metric in STAGES)
-    )
+    answered = {row.workload for row in rows if row.side == OURS and row.metric == "ttft_ms"}
+    workloads = [
+        name
+        for name in dict.fromkeys(row.workload for row in rows if row.metric in STAGES)
+        if name in answered
+    ]
     if not workloads:
         return None
     bars = {name: _bars_of([row for row in rows if row.workload == name]) for name in workloads}

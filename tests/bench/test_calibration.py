@@ -9,7 +9,7 @@ import pytest
 from ovfast.anyres import VisualOptions, plan_image
 from ovfast.bench import calibration
 from ovfast.bench.calibration import AttentionRates, Calibration, Timed, calibrate, measure_machine
-from ovfast.bench.limits import Limits
+from ovfast.bench.limits import Limits, best_of
 from ovfast.bench.slice_engine import open_slice, slice_config
 from ovfast.checkpoint import resolve_checkpoint
 from ovfast.config import ModelConfig
@@ -140,3 +140,10 @@ def test_calibrating_this_machine():
     assert estimate.tpot_floor_ms > 0
     assert 0 < estimate.ttft_ms < math.inf
     assert 0 < estimate.tpot_ms < math.inf
+
+
+def test_limits_are_the_better_of_two_measurements() -> None:
+    first = Limits({"1": 15.0, "2": 19.0}, float32_gflops=107.0, int8_gops=None, launch_us=3.0)
+    second = Limits({"1": 14.0, "2": 24.0}, float32_gflops=171.0, int8_gops=None, launch_us=2.0)
+    expected = Limits({"1": 15.0, "2": 24.0}, float32_gflops=171.0, int8_gops=None, launch_us=2.0)
+    assert best_of(first, second) == best_of(second, first) == expected

@@ -31,6 +31,7 @@ STAGES = ("media_ms", "preprocess_ms", "vision_ms", "prefill_ms")
 def full_record() -> Record:
     """Rows for every chart; one of a peer that failed and one that has another prompt."""
     rows = [row(metric=name, samples=(10.0, 11.0), floor=5.0, predicted=None) for name in STAGES]
+    rows += [row(workload="prefill of 2962", metric="prefill_ms")]  # a stage alone: no panel
     rows += [row(), row(side="transformers", storage="float32", samples=(300.0,) * 6)]
     rows += [row(side="vllm", samples=(), error="does not start")]
     rows += [row(side="llama.cpp", samples=(50.0,) * 6, comparable=False)]

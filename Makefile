@@ -19,21 +19,25 @@ SANITIZED_OBJECTS := $(patsubst csrc/%.cpp,$(SANITIZED)/%.o,$(wildcard csrc/*.cp
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all test-matrix test-integrations check sanitize format aot-table \
+.PHONY: demo test test-all test-long test-matrix test-integrations check sanitize format aot-table \
 	test-oldest-triton gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m ovfast demo --out demo-out
 
 # torch's own threads would fight with the processes of the interpreter's tests over the cores.
-test test-all test-integrations: export OMP_NUM_THREADS := 1
+test test-all test-long test-integrations: export OMP_NUM_THREADS := 1
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 # Last, so that pytest's closing line is the last line printed.
 test-all: $(VENV)/.installed
-	@$(BIN)/python -m pytest -m "not matrix" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not matrix and not long" $(PYTEST_ARGS)
+
+# What takes longest and seldom breaks: before a release, and after a change to what it builds.
+test-long: $(VENV)/.installed
+	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 # Every specialisation for every target, with both Tritons.
 test-matrix: $(OLDEST_TRITON)/.installed

@@ -78,7 +78,7 @@ def expected_files() -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("origin", ["tree", "unpacked_sdist"])
+@pytest.mark.parametrize("origin", [pytest.param("tree", marks=pytest.mark.long), "unpacked_sdist"])
 def test_wheel_holds_everything(
     origin: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -102,6 +102,7 @@ def test_no_compiler_gives_a_wheel_without_the_extension(tree: Path, tmp_path: P
     assert expected_files() - names == set()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_required_extension_makes_a_compile_error_fatal(tree: Path, tmp_path: Path) -> None:
     copy = tmp_path / "tree"

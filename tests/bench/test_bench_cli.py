@@ -105,6 +105,7 @@ def test_latency_of_the_demo_without_peers(calibrated, tmp_path, capsys) -> None
     assert {len(row.samples) for row in record.rows} == {3}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @has_transformers
 def test_every_workload_has_the_prompt_that_transformers_has(calibrated, tmp_path, capsys) -> None:
@@ -124,6 +125,7 @@ def test_every_workload_has_the_prompt_that_transformers_has(calibrated, tmp_pat
     }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_stages_throughput_startup_and_memory(calibrated, tmp_path) -> None:
     few = ("-p", "none", "--repeats", "2")
@@ -145,6 +147,7 @@ def test_stages_throughput_startup_and_memory(calibrated, tmp_path) -> None:
         assert all(min(row.samples) > 0 for row in record.rows)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_accuracy_and_kernels_on_every_back_end(calibrated, tmp_path) -> None:
     accuracy = record_of(tmp_path, "accuracy", "--pictures", "4")

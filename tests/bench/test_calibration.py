@@ -125,6 +125,7 @@ def test_slice_answers_and_layers_share_no_memory():
         assert len(output.token_ids) == 2
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_calibrating_this_machine():
     """Also as an engine uses it; times stay those of this machine, so that only signs are sure."""

@@ -35,6 +35,7 @@ print("ok")
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_scalar_kernels_alone(tmp_path: Path) -> None:
     compiler = shutil.which(os.environ.get("CXX", "c++"))

@@ -17,6 +17,7 @@ __all__ = [
     "STORAGES",
     "bytes_per_param",
     "dtype_name",
+    "load_options",
     "wanted_storage",
 ]
 
@@ -42,6 +43,13 @@ def bytes_per_param(storage: str) -> float:
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def load_options(storage: str) -> dict[str, str | None]:
+    """The options of `load` that ask for a storage: the inverse of `wanted_storage`."""
+    if storage in QUANTIZATIONS:
+        return {"dtype": "auto", "quantization": storage}
+    return {"dtype": storage, "quantization": None}
 
 
 def wanted_storage(dtype: Any, quantization: Any) -> str | None:

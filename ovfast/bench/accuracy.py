@@ -18,7 +18,7 @@ from ovfast.errors import OptionError, OVFastError
 from ovfast.loading import load
 from ovfast.media import load_image
 from ovfast.ops import has_native
-from ovfast.storage import QUANTIZATIONS
+from ovfast.storage import QUANTIZATIONS, load_options
 
 __all__ = ["Variant", "default_variants", "run_accuracy"]
 
@@ -117,14 +117,13 @@ def _head(variant: Variant, device: str, threads: int) -> Any:
 
 
 def _open(variant: Variant, device: str, threads: int) -> Engine:
-    is_quantized = variant.storage in QUANTIZATIONS
+    kept: dict[str, Any] = load_options(variant.storage)
     return load(
         "demo",
         device=device,
         backend=variant.backend,
-        dtype="auto" if is_quantized else variant.storage,
-        quantization=variant.storage if is_quantized else None,
         threads=threads,
+        **kept,
     )
 
 

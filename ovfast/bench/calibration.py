@@ -36,7 +36,7 @@ from ovfast.roofline import (
     tower_stage,
 )
 from ovfast.stage_cost import Rates, StageRates
-from ovfast.storage import QUANTIZATIONS, bytes_per_param
+from ovfast.storage import QUANTIZATIONS, bytes_per_param, load_options
 
 __all__ = ["Calibration", "calibrate", "measure_machine"]
 
@@ -170,15 +170,8 @@ def _measure_rates(device: torch.device, backend: str, storage: str, threads: in
         wide = _timed(engine, SLICE_REPEATS, images=picture, visual=visual)
         attention = _attention_rates(engine.ops, engine.device, engine.dtype)
         ops, element_bytes = engine.ops, engine.dtype.itemsize
-    quantized = storage in QUANTIZATIONS
-    with load(
-        "demo",
-        device=device,
-        backend=backend,
-        threads=threads,
-        dtype="auto" if quantized else storage,
-        quantization=storage if quantized else None,
-    ) as engine:
+    kept: dict[str, Any] = load_options(storage)
+    with load("demo", device=device, backend=backend, threads=threads, **kept) as engine:
         text = _timed(engine, TEXT_REPEATS)
         narrow = _timed(engine, PICTURE_REPEATS, images=_jpeg(DEMO_PICTURE_HW))
     sizes = bytes_per_param(storage), element_bytes

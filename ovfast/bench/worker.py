@@ -63,19 +63,17 @@ class Worker:
         import torch
 
         from ovfast import loading
-        from ovfast.storage import QUANTIZATIONS
+        from ovfast.storage import load_options
 
-        is_quantized = storage in QUANTIZATIONS
-        is_packed = _is_packed(model)
+        kept: Reply = {} if _is_packed(model) else load_options(storage)
         start = time.perf_counter()
         self._engine = loading.load(
             model,
             device=device,
             backend=backend,
-            dtype="auto" if is_quantized or is_packed else storage,
-            quantization=storage if is_quantized and not is_packed else None,
             threads=threads,
             max_batch_size=max_batch_size,
+            **kept,
         )
         self._torch = torch
         return self._imported | {

@@ -93,9 +93,7 @@ class Engine(EngineBase):
         params = make_sampling(sampling, sampling_kwargs)
         is_batch, items = batch_items(prompt, images, videos, media)
         laid_out = [self._inputs(item, visual, system, raw) for item in items]
-        requests = [self._request(inputs, params, started) for inputs in laid_out]
-        self._scheduler.run(requests)
-        outputs = [request.output() for request in requests]
+        outputs = self._answer(laid_out, [params] * len(laid_out), started)
         return outputs if is_batch else outputs[0]
 
     def stream(

@@ -6,6 +6,7 @@ are `engine`.
 
 import secrets
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ from ovfast.media import MediaLimits
 from ovfast.models.llava_onevision import LlavaOnevision
 from ovfast.ops import Ops
 from ovfast.options import Item, batch_items, check_inputs, visual_options
+from ovfast.outputs import GenerationOutput
 from ovfast.processor import ModelInputs, Processor
 from ovfast.request import Request
 from ovfast.row_runner import make_runner
@@ -207,6 +209,16 @@ class EngineBase:
             decoder=self._processor.new_decoder(),
             started=started,
         )
+
+    def _answer(
+        self, inputs: Sequence[ModelInputs], params: Sequence[SamplingParams], started: float
+    ) -> list[GenerationOutput]:
+        """Answers laid-out requests side by side, each by sampling parameters of its own."""
+        requests = [
+            self._request(each, own, started) for each, own in zip(inputs, params, strict=True)
+        ]
+        self._scheduler.run(requests)
+        return [request.output() for request in requests]
 
     def _check_handle(self, media: Any) -> None:
         if not isinstance(media, EncodedMedia):

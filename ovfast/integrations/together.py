@@ -30,9 +30,4 @@ def answer_all(
     started = time.perf_counter()
     for each in inputs:
         engine._check_inputs(each)
-    requests = [
-        engine._request(each, sampling, started)
-        for each, sampling in zip(inputs, params, strict=True)
-    ]
-    engine._scheduler.run(requests)
-    return [request.output() for request in requests]
+    return engine._answer(inputs, params, started)

@@ -1,14 +1,18 @@
-"""Which media a call brings, and which of them each place of a prompt takes."""
+"""Which media a call brings, which of them each place of a prompt takes, and loading them all."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
+from ovfast.anyres import VisualOptions
 from ovfast.chat import BARE, Message
 from ovfast.errors import PromptError
+from ovfast.media import MediaLimits, load_images, load_video
 
-__all__ = ["image_list", "media_turn", "take_sources", "video_list"]
+__all__ = ["image_list", "load_media", "media_turn", "take_sources", "video_list"]
 
 
 def take_sources(
@@ -59,3 +63,34 @@ def video_list(videos: object) -> list[Any]:
         return [videos]
     frames = all(isinstance(v, Image.Image) or getattr(v, "ndim", None) == 3 for v in videos)
     return [videos] if videos and frames else list(videos)
+
+
+def load_media(
+    images: Sequence[Any], videos: Sequence[Any], *, limits: MediaLimits, visual: VisualOptions
+) -> tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]]:
+    """Decodes the media of one prompt.
+
+    Args:
+        images: each as `load_image` takes it.
+        videos: each as `load_video` takes it.
+        limits: of the media.
+        visual: which frames are taken, and whether pictures are turned as they say.
+
+    Returns:
+        uint8 pictures (height, width, 3) and videos (frames, height, width, 3).
+
+    Raises:
+        MediaError: a medium cannot be read or breaks a limit.
+    """
+    pictures = load_images(images, limits=limits, exif=visual.exif)
+    clips = [
+        load_video(
+            source,
+            limits=limits,
+            num_frames=visual.num_frames,
+            fps=visual.fps,
+            exif=visual.exif,
+        )
+        for source in videos
+    ]
+    return pictures, clips

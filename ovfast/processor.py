@@ -27,8 +27,8 @@ from ovfast.chat_template import load_template
 from ovfast.config import ModelConfig
 from ovfast.errors import CheckpointError, PromptError
 from ovfast.image import Pack, build_media_views
-from ovfast.media import MediaLimits, load_images, load_video
-from ovfast.media_sources import image_list, take_sources, video_list
+from ovfast.media import MediaLimits
+from ovfast.media_sources import image_list, load_media, take_sources, video_list
 from ovfast.model_inputs import ModelInputs, VisualSpan
 from ovfast.text_tokenizer import IncrementalDecoder, TextTokenizer
 
@@ -201,17 +201,7 @@ class Processor:
         """
         parsed = self._parse(prompt, image_list(images), video_list(videos), system, raw)
         started = time.perf_counter()
-        pictures = load_images(parsed.images, limits=limits, exif=visual.exif)
-        clips = [
-            load_video(
-                source,
-                limits=limits,
-                num_frames=visual.num_frames,
-                fps=visual.fps,
-                exif=visual.exif,
-            )
-            for source in parsed.videos
-        ]
+        pictures, clips = load_media(parsed.images, parsed.videos, limits=limits, visual=visual)
         loaded = time.perf_counter()
         sizes = _Layout(
             parsed.segments,

@@ -10,7 +10,7 @@ from ovfast.engine import Engine
 from ovfast.errors import PromptError
 from ovfast.integrations.arguments import visual_with
 from ovfast.integrations.token_prompts import Kind, expand
-from ovfast.media import load_images, load_video
+from ovfast.media_sources import image_list, load_media
 from ovfast.model_inputs import ModelInputs
 
 __all__ = ["as_prompts", "check_counts", "prepare_prompt"]
@@ -83,18 +83,8 @@ def _from_ids(
     engine: Engine, ids: list[int], images: list[Any], videos: list[Any], visual: VisualOptions
 ) -> ModelInputs:
     """As `Engine.prepare` of a raw prompt, whose ids are given."""
-    limits, geometry = engine.media_limits, engine.config.geometry
-    pictures = load_images(images, limits=limits, exif=visual.exif)
-    clips = [
-        load_video(
-            source,
-            limits=limits,
-            num_frames=visual.num_frames,
-            fps=visual.fps,
-            exif=visual.exif,
-        )
-        for source in videos
-    ]
+    geometry = engine.config.geometry
+    pictures, clips = load_media(images, videos, limits=engine.media_limits, visual=visual)
     count = len(pictures)
     plans: dict[Kind, list[VisualPlan]] = {
         "image": [plan_image(p.shape[:2], geometry, visual, num_images=count) for p in pictures],
@@ -114,9 +104,7 @@ def _media(data: Any) -> tuple[list[Any], list[Any]]:
     images = data.get("image")
     if isinstance(images, dict):
         raise PromptError("multi_modal_data with embeddings; expected pictures.")
-    if images is None:
-        images = []
-    return list(images) if isinstance(images, list | tuple) else [images], _clips(data.get("video"))
+    return image_list(images), _clips(data.get("video"))
 
 
 def _clips(videos: Any) -> list[Any]:

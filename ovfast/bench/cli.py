@@ -20,7 +20,13 @@ from ovfast.bench.memory import run_memory
 from ovfast.bench.plots import draw
 from ovfast.bench.record import read
 from ovfast.bench.report import write_report
-from ovfast.bench.running import chosen_peers, measuring, table_console
+from ovfast.bench.running import (
+    chosen_peers,
+    chosen_sides,
+    measuring,
+    measuring_loaded,
+    table_console,
+)
 from ovfast.bench.sides import REPEATS, SLOW_REPEATS, Rounds
 from ovfast.bench.stages import CONTEXTS, PROMPT, STAGES, run_stages
 from ovfast.bench.startup import run_startup
@@ -103,12 +109,8 @@ def latency(
     """Whole requests: first token, time per token, stages, memory; sides in turn."""
     target = Target(model, device, threads or available_threads())
     workloads = named_workloads(workload or PICTURES)
-    ours = [target.ovfast_side(name) for name in storage or ["auto"]]
-    sides = [*ours, *chosen_peers(target, peer)]
-    with (
-        measuring(ctx, target, sides, out, predicts=True, notes=DEFINITIONS) as (session, bounds),
-        session.open(sides) as loaded,
-    ):
+    sides = chosen_sides(target, storage, peer)
+    with measuring_loaded(ctx, target, sides, out, DEFINITIONS) as (session, bounds, loaded):
         rounds = Rounds(repeats, slow_repeats, warmup, time.monotonic() + budget_s)
         run_latency(
             session, target, bounds, loaded, workloads, new_tokens=new_tokens, rounds=rounds
@@ -141,12 +143,8 @@ def stages(
         if name not in STAGES:
             raise OptionError(f"stage {name!r}; expected one of {', '.join(STAGES)}.")
     target = Target(model, device, threads or available_threads())
-    ours = [target.ovfast_side(name) for name in storage or ["auto"]]
-    sides = [*ours, *chosen_peers(target, peer)]
-    with (
-        measuring(ctx, target, sides, out, predicts=True) as (session, bounds),
-        session.open(sides) as loaded,
-    ):
+    sides = chosen_sides(target, storage, peer)
+    with measuring_loaded(ctx, target, sides, out) as (session, bounds, loaded):
         rounds = Rounds(repeats, slow_repeats, warmup, time.monotonic() + budget_s)
         run_stages(
             session,
@@ -182,12 +180,8 @@ def throughput(
     """Tokens a second by batch size."""
     target = Target(model, device, threads or available_threads())
     workloads, batches = named_workloads(workload or PICTURES), batch or [1, 4, 16]
-    ours = [target.ovfast_side(name, max_batch_size=max(batches)) for name in storage or ["auto"]]
-    sides = [*ours, *chosen_peers(target, peer)]
-    with (
-        measuring(ctx, target, sides, out, predicts=True) as (session, bounds),
-        session.open(sides) as loaded,
-    ):
+    sides = chosen_sides(target, storage, peer, max_batch_size=max(batches))
+    with measuring_loaded(ctx, target, sides, out) as (session, bounds, loaded):
         rounds = Rounds(repeats, slow_repeats, warmup, time.monotonic() + budget_s)
         run_throughput(
             session,
@@ -241,8 +235,7 @@ def memory(
     """Peak of resident memory of a request, each side alone in a process of its own."""
     target = Target(model, device, threads or available_threads())
     workloads = named_workloads(workload or ("640x480",))
-    ours = [target.ovfast_side(name) for name in storage or ["auto"]]
-    sides = [*ours, *chosen_peers(target, peer)]
+    sides = chosen_sides(target, storage, peer)
     with measuring(ctx, target, sides, out) as (session, _):
         rounds = Rounds(repeats=repeats, warmup=0)
         run_memory(session, target, sides, workloads, new_tokens=new_tokens, rounds=rounds)

@@ -45,14 +45,9 @@ def run_latency(
         rounds: how often.
     """
     for workload in workloads:
-
-        def arguments(index: int, workload: Workload = workload) -> dict[str, Any]:
-            media = workload.media(index)
-            request = target.request(workload, media)
-            return {"requests": [request], "max_new_tokens": new_tokens}
-
+        job = target.answer_job(workload, new_tokens)
         outcomes = session.take_turns(
-            workload.name, sides, "answer", arguments, rounds, lambda a: _brief(a[0])
+            workload.name, sides, "answer", job, rounds, lambda a: _brief(a[0])
         )
         expected = len(target.layout(workload)[0])
         parameters = target.parameters(new_tokens=new_tokens, batch=1)

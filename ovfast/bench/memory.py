@@ -1,7 +1,6 @@
 """Resident memory of a request: the peak, and what of it is neither weights nor `import torch`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ovfast.bench.record import Row
 from ovfast.bench.session import Loaded, Session
@@ -33,18 +32,13 @@ def run_memory(
     """
     parameters = target.parameters(new_tokens=new_tokens, batch=1)
     for workload in workloads:
-
-        def arguments(index: int, workload: Workload = workload) -> dict[str, Any]:
-            request = target.request(workload, workload.media(index))
-            return {"requests": [request], "max_new_tokens": new_tokens}
-
         for spec in specs:
             with session.open([spec]) as sides:
                 outcomes = session.take_turns(
                     f"memory, {workload.name}",
                     sides,
                     "answer",
-                    arguments,
+                    target.answer_job(workload, new_tokens),
                     rounds,
                     lambda answers: f"{answers[0]['e2e_ms']:.0f} ms",
                 )

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -16,12 +17,19 @@ from ovfast.bench.calibration import calibrate
 from ovfast.bench.machine import make_header, quiet_check
 from ovfast.bench.ratios import OURS
 from ovfast.bench.record import Record
-from ovfast.bench.session import Session
+from ovfast.bench.session import Loaded, Session
 from ovfast.bench.sides import SideSpec
 from ovfast.bench.table import print_record
 from ovfast.bench.targets import Target, available_peers, peer_versions
 
-__all__ = ["chosen_peers", "command_line", "measuring", "table_console"]
+__all__ = [
+    "chosen_peers",
+    "chosen_sides",
+    "command_line",
+    "measuring",
+    "measuring_loaded",
+    "table_console",
+]
 
 FILE_WIDTH = 180
 
@@ -70,6 +78,22 @@ def measuring(
         console.print(f"wrote {out}", markup=False)
 
 
+@contextmanager
+def measuring_loaded(
+    ctx: typer.Context,
+    target: Target,
+    sides: Sequence[SideSpec],
+    out: Path | None,
+    notes: Sequence[str] = (),
+) -> Iterator[tuple[Session, Bounds, list[Loaded]]]:
+    """A run with predictions, as `measuring`, all of whose sides stay loaded."""
+    with (
+        measuring(ctx, target, sides, out, predicts=True, notes=notes) as (session, bounds),
+        session.open(sides) as loaded,
+    ):
+        yield session, bounds, loaded
+
+
 def table_console() -> Console:
     """For tables; where nobody says how wide, they are as wide as they need to be."""
     console = Console(highlight=False)
@@ -90,6 +114,14 @@ def chosen_peers(target: Target, given: Sequence[str] | None) -> list[SideSpec]:
         "without a peer: transformers cannot run here; `--peer transformers` says why"
     )
     return []
+
+
+def chosen_sides(
+    target: Target, storages: Sequence[str] | None, peers: Sequence[str] | None, **options: Any
+) -> list[SideSpec]:
+    """Ours with their weights in some storages, then peers; `options` of our job `load`."""
+    ours = [target.ovfast_side(name, **options) for name in storages or ["auto"]]
+    return [*ours, *chosen_peers(target, peers)]
 
 
 def command_line(ctx: typer.Context) -> str:

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,18 @@ class Target:
             "images": media.images,
             "videos": media.videos,
         }
+
+    def answer_job(
+        self, workload: Workload, new_tokens: int, batch: int = 1
+    ) -> Callable[[int], dict[str, Any]]:
+        """Arguments of the job `answer` by round: requests that have new media every time."""
+
+        def arguments(index: int) -> dict[str, Any]:
+            media = [workload.media(index * batch + i) for i in range(batch)]
+            requests = [self.request(workload, one) for one in media]
+            return {"requests": requests, "max_new_tokens": new_tokens}
+
+        return arguments
 
     def default_storage(self) -> str:
         """How ovfast keeps this checkpoint's weights if not told otherwise."""

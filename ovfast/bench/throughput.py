@@ -38,17 +38,9 @@ def run_throughput(
     """
     for workload in workloads:
         for batch in batches:
-
-            def arguments(
-                index: int, workload: Workload = workload, batch: int = batch
-            ) -> dict[str, Any]:
-                first = index * batch
-                media = [workload.media(first + i) for i in range(batch)]
-                requests = [target.request(workload, one) for one in media]
-                return {"requests": requests, "max_new_tokens": new_tokens}
-
+            job = target.answer_job(workload, new_tokens, batch)
             title = f"{workload.name}, batch of {batch}"
-            outcomes = session.take_turns(title, sides, "answer", arguments, rounds, _brief)
+            outcomes = session.take_turns(title, sides, "answer", job, rounds, _brief)
             expected = len(target.layout(workload)[0])
             parameters = target.parameters(new_tokens=new_tokens, batch=batch)
             for side, outcome in outcomes.items():

@@ -28,7 +28,7 @@ from ovfast.bench.calibration import calibrate
 from ovfast.bench.machine import make_header, quiet_check
 from ovfast.bench.record import Row, append_row, write_header
 from ovfast.bench.workloads import encoded_picture
-from ovfast.roofline import Machine, kv_bytes_per_token
+from ovfast.roofline import Machine, Stage, kv_bytes_per_token
 
 QUESTION = "What is shown in this picture? Answer in one word."
 OPTIONS = ["a red circle", "a small dog on the grass", "two blue squares", "nothing at all"]
@@ -45,10 +45,14 @@ def milliseconds(call: Callable[[], Any]) -> tuple[float, Any]:
 def share_ms(engine: ovfast.Engine, held: int, computed: int, machine: Machine) -> float:
     """The floor of attending from `computed` positions to `held` ones in all layers."""
     text = engine.config.text
-    flops = 4 * text.num_layers * computed * held * text.num_heads * text.head_dim
-    num_bytes = held * kv_bytes_per_token(text, engine.dtype.itemsize)
-    rate = machine.attention_gflops or machine.gflops
-    return max(flops / (rate * 1e6), num_bytes / (machine.read_gb_per_s * 1e6))
+    attention = Stage(
+        "attention",
+        product_flops=0,
+        attention_flops=4 * text.num_layers * computed * held * text.num_heads * text.head_dim,
+        weight_bytes=0,
+        cache_bytes=held * kv_bytes_per_token(text, engine.dtype.itemsize),
+    )
+    return attention.floor_ms(machine)
 
 
 def run_once(

@@ -21,6 +21,7 @@ from ovfast import (
 )
 from ovfast.models.qwen2 import Qwen2
 from ovfast.models.siglip import SiglipTower
+from tests.support.calls import note_calls
 from tests.support.engines import REQUESTS, free_slots, open_engine
 from tests.support.interrupts import FILES, InterruptAtLine
 from tests.support.prompts import IM_END
@@ -153,27 +154,17 @@ def test_all_first_tokens_together_are_everything(engine: Engine) -> None:
     assert found.label_mass < 1
 
 
-def rows_run(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+def rows_run(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """Views, rows of prefills and rows of branches, as they come."""
-    seen: dict[str, list[int]] = {"views": [], "prefill": [], "branches": []}
-    encode, prefill, branch = SiglipTower.encode, Qwen2.prefill_hidden, Qwen2.branch_hidden
 
-    def counting_encode(self: Any, views: Any, *rest: Any) -> Any:
-        seen["views"].append(views.num_views)
-        return encode(self, views, *rest)
+    def lengths(model: Qwen2, branches: Any, *_: Any) -> list[int]:
+        return [len(branch) for branch in branches]
 
-    def counting_prefill(self: Any, embeds: Any, *rest: Any) -> Any:
-        seen["prefill"].append(len(embeds))
-        return prefill(self, embeds, *rest)
-
-    def counting_branch(self: Any, branches: Any, *rest: Any) -> Any:
-        seen["branches"].append([len(b) for b in branches])
-        return branch(self, branches, *rest)
-
-    monkeypatch.setattr(SiglipTower, "encode", counting_encode)
-    monkeypatch.setattr(Qwen2, "prefill_hidden", counting_prefill)
-    monkeypatch.setattr(Qwen2, "branch_hidden", counting_branch)
-    return seen
+    return {
+        "views": note_calls(monkeypatch, SiglipTower, "encode", lambda self, v, *_: v.num_views),
+        "prefill": note_calls(monkeypatch, Qwen2, "prefill_hidden", lambda self, e, *_: len(e)),
+        "branches": note_calls(monkeypatch, Qwen2, "branch_hidden", lengths),
+    }
 
 
 def test_what_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +175,8 @@ def test_what_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     letters = ["A", "B", "C", "D"]
     engine.choose(inputs, letters)
     assert seen == {"views": [5], "prefill": [inputs.num_tokens], "branches": []}
-    seen.update(views=[], prefill=[])
+    seen["views"].clear()
+    seen["prefill"].clear()
     answers = [f"The answer is {letter}" for letter in letters]
     common = len(encode(answers[0])) - 1
     assert [encode(a)[:common] for a in answers] == [encode(answers[0])[:common]] * 4

@@ -26,6 +26,7 @@ from ovfast import (
 from ovfast.kv_cache import KVCache
 from ovfast.models.qwen2 import Qwen2
 from ovfast.models.siglip import SiglipTower
+from tests.support.calls import note_calls
 from tests.support.engines import REQUESTS, free_slots, open_engine, run_threads
 from tests.support.interrupts import FILES, InterruptAtLine
 from tests.support.prompts import clip, picture, user
@@ -156,27 +157,17 @@ def test_batches(engine: Engine) -> None:
             engine.generate(PLAIN_QUESTIONS, media=[handle, handle])
 
 
-def rows_run(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+def rows_run(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """Views, rows of prefills and positions copied, as they come."""
-    seen: dict[str, list[int]] = {"views": [], "rows": [], "copied": []}
-    run_tower, prefill, copy = SiglipTower.encode, Qwen2.prefill_hidden, KVCache.copy_prefix
 
-    def counting_tower(self: Any, views: Any, *rest: Any) -> Any:
-        seen["views"].append(views.num_views)
-        return run_tower(self, views, *rest)
+    def copied(cache: KVCache, slot: int, source: KVCache, length: int) -> int:
+        return max(0, length - cache.lengths[slot])
 
-    def counting_prefill(self: Any, embeds: Any, *rest: Any) -> Any:
-        seen["rows"].append(len(embeds))
-        return prefill(self, embeds, *rest)
-
-    def counting_copy(self: Any, slot: int, source: Any, length: int) -> None:
-        seen["copied"].append(max(0, length - self.lengths[slot]))
-        copy(self, slot, source, length)
-
-    monkeypatch.setattr(SiglipTower, "encode", counting_tower)
-    monkeypatch.setattr(Qwen2, "prefill_hidden", counting_prefill)
-    monkeypatch.setattr(KVCache, "copy_prefix", counting_copy)
-    return seen
+    return {
+        "views": note_calls(monkeypatch, SiglipTower, "encode", lambda self, v, *_: v.num_views),
+        "rows": note_calls(monkeypatch, Qwen2, "prefill_hidden", lambda self, e, *_: len(e)),
+        "copied": note_calls(monkeypatch, KVCache, "copy_prefix", copied),
+    }
 
 
 @pytest.mark.parametrize("keep", KEEPS)
@@ -187,7 +178,8 @@ def test_what_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch, keep: str) -
         assert seen["views"] == [5]
         length = handle.num_prefix_tokens
         assert seen["rows"] == ([length] if keep == "prefix" else [])
-        seen.update(views=[], rows=[])
+        seen["views"].clear()
+        seen["rows"].clear()
         for prompt in PLAIN_QUESTIONS:
             output = engine.generate(prompt, media=handle, max_new_tokens=3, ignore_eos=True)
             assert seen["rows"].pop() == output.usage.prompt_tokens - length

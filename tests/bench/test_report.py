@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ovfast.bench.plots import CHARTS
 from ovfast.bench.record import append_row, read, write_header
 from ovfast.bench.report import page, write_report
 from ovfast.errors import OptionError
@@ -70,7 +71,7 @@ def test_the_page_of_this_repository_is_that_of_its_records() -> None:
     drawn = {
         file: [
             pictures / f"{file.stem}-{chart}.{kind}"
-            for chart in ("stages", "roofline", "peers", "context")
+            for chart in CHARTS
             for kind in ("png", "svg")
             if (pictures / f"{file.stem}-{chart}.{kind}").exists()
         ]

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from ovfast.anyres import VisualOptions
+from ovfast.demo_run import samples_path
 from ovfast.processor import Processor
 from tests.support.checkpoints import CheckpointSpec
 from tests.support.prompts import (
@@ -219,6 +220,13 @@ def test_one_medium_needs_no_list(converter: Path) -> None:
         assert np.array_equal(prepare(processor, "Q", videos=videos).views, many.views)
     assert len(prepare(processor, "Q", videos=[frames, frames]).plans) == 2
     assert prepare(processor, "Q", images=[], videos=[]).num_views == 0
+
+
+def test_options_choose_the_frames_of_a_file(converter: Path) -> None:
+    processor, path = open_processor(converter), samples_path() / "clip.mp4"  # 8 frames, a second
+    for options, count in (({}, 8), ({"num_frames": 3}, 3), ({"fps": 4.0}, 4)):
+        inputs = prepare(processor, "Q", videos=path, visual=VisualOptions(**options))
+        assert inputs.plans[0].num_frames == count
 
 
 def test_timings_and_options_are_recorded(converter: Path) -> None:

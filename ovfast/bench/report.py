@@ -79,7 +79,7 @@ def require_committed(file: Path) -> None:
     commands = (("ls-files", "--error-unmatch"), ("diff", "--quiet", "HEAD", "--"))
     for words in commands:
         found = subprocess.run(
-            ["git", *words, file.name], cwd=file.parent, check=False, capture_output=True
+            ["git", "-C", file.parent, *words, file.name], check=False, capture_output=True
         )
         if found.returncode:
             raise OptionError(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovfast.bench.plots import CHARTS, draw
+from ovfast.bench.plots import CHARTS, draw, stage_bars
 from ovfast.bench.record import Record
 from tests.bench.records import header, row
 
@@ -76,6 +76,12 @@ def test_every_chart_renders(drawn: list[Path]) -> None:
             root = ET.parse(file).getroot()
             assert root.tag.endswith("svg")
             assert len(list(root.iter())) > 50
+
+
+def test_panels_of_the_first_token_are_those_of_requests() -> None:
+    figure = stage_bars(full_record())
+    assert figure is not None
+    assert [axes.get_title("left") for axes in figure.axes] == ["384"]
 
 
 def test_charts_without_rows_are_left_out(tmp_path: Path) -> None:

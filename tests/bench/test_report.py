@@ -55,6 +55,8 @@ def test_only_committed_records_are_reported(checkout: Path) -> None:
     file.write_text(file.read_text() + "\n")
     with pytest.raises(OptionError, match=r"run\.jsonl is not committed as it is"):
         write_report([file], out, pictures)
+    with pytest.raises(OptionError, match=r"run\.jsonl is not committed as it is"):
+        write_report([checkout / "none" / "run.jsonl"], out, pictures)
     with pytest.raises(OptionError, match="no records"):
         write_report([], out, pictures)
     assert not out.exists()

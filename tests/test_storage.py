@@ -12,7 +12,13 @@ import ovfast
 from ovfast import BackendError, CapacityError, Engine, OptionError, QuantizationError, ops_native
 from ovfast import loading as loading_module
 from ovfast.cpu_threads import available_threads
-from ovfast.storage import GROUPS, bytes_per_param, wanted_storage
+from ovfast.storage import (
+    GROUPS,
+    STORAGES,
+    bytes_per_param,
+    load_options,
+    wanted_storage,
+)
 from tests.support.checkpoints import CheckpointSpec, make_checkpoint
 from tests.support.engines import open_engine
 
@@ -58,6 +64,11 @@ def test_bytes_per_parameter_are_those_of_packed_weights(tiny_checkpoint: Path) 
         packed = native.pack(native.ThreadPool(1), storage, [torch.ones(64, 512).numpy()])
         factors = 4 * 512 if storage in GROUPS else 0
         assert packed.nbytes - factors == 64 * 512 * bytes_per_param(storage)
+
+
+def test_options_of_load_ask_for_the_storage() -> None:
+    for storage in STORAGES:
+        assert wanted_storage(**load_options(storage)) == storage
 
 
 def test_the_reference_computes_in_the_named_dtype(random_checkpoint: Make) -> None:

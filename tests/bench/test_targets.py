@@ -11,6 +11,7 @@ from benchmarks.peers import gguf_file
 from ovfast import OptionError
 from ovfast.bench import targets
 from ovfast.bench.targets import PEERS, Target
+from ovfast.bench.worker import Worker
 from ovfast.bench.workloads import WORKLOADS, named_workloads
 from tests.support.checkpoints import LAYOUTS, CheckpointSpec, tensor_name, tensor_shapes
 
@@ -38,6 +39,20 @@ def test_media_are_new_every_time_and_fit_the_prompt(name: str, demo: Target) ->
     assert sum(plan.num_tokens for plan in plans) < len(ids)
     request = demo.request(workload, first)
     assert (request["input_ids"] == ids) if name == "text" else (request["input_ids"] is None)
+
+
+def test_no_round_of_a_job_has_the_media_of_another(demo: Target) -> None:
+    job = demo.answer_job(WORKLOADS["384"], 7, batch=3)
+    rounds = [job(0), job(1)]
+    assert [one["max_new_tokens"] for one in rounds] == [7, 7]
+    requests = [request for one in rounds for request in one["requests"]]
+    assert len({request["images"] for request in requests}) == 6
+
+
+def test_a_worker_keeps_its_weights_as_asked() -> None:
+    pytest.importorskip("ovfast._C", reason="the native extension is not built")
+    for storage in ("bfloat16", "int8", "int4"):
+        assert Worker({}).load("demo", storage, threads=1)["storage"] == storage
 
 
 def test_names_are_checked(demo: Target) -> None:

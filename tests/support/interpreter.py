@@ -1,17 +1,19 @@
 """Runs tests marked `interpreter` under Triton's CPU interpreter, from a plain `pytest`.
 
 TRITON_INTERPRET must be set before Triton is imported, so those tests need a process of their own.
-One child pytest runs all selected ones of a file; two children at a time run beside the other
-tests, and each test reports what its child found. In a process that interprets already they
+One child pytest runs all selected ones of a file; the children run one after another beside the
+other tests, and each test reports what its child found. A process of its own starts them: the open
+files of this one, which tests count, stay as they are. In a process that interprets already they
 run in place.
 """
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,8 +36,7 @@ class _ParentPlugin:
     """Replaces the call of each `interpreter` test by what the child of its file found."""
 
     def __init__(self) -> None:
-        # A second one keeps two cores busy when the other tests are through.
-        self._children = ThreadPoolExecutor(2)
+        self._children = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         self._results: dict[Path, Future[dict[str, tuple[str, str]]]] = {}
 
     @pytest.hookimpl(trylast=True)

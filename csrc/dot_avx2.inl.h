@@ -1,9 +1,16 @@
 // Dot products of quantised inputs and weights by AVX2. See dot_bytes.inl.h for what each
 // operation means.
 //
-// int8: products of bytes would saturate in 16 bits, so weights and inputs are widened to 16 bits
-// and multiplied in pairs. int4: products of unsigned nibbles and bytes fit 16 bits in pairs, and
-// so do the sums of the 16 of a group that meet in a lane.
+// Bytes are multiplied, unsigned with signed, into sums of two products that must fit 16 bits.
+//
+// int8: so that sums of four fit and are widened once, inputs have 7 bits, [-63, 63], and are kept 64
+// too high. Such a sum is within 127 times the sum of its positive, or of its negative, weights. In
+// a group where one of these exceeds 258 the weights are halved, to the nearest, halves to even, and
+// the scale is doubled: of normal weights 1 group of 5. With 16-bit products instead, which round
+// nothing, as many products take 1.5 times as long.
+//
+// int4: products of unsigned nibbles and bytes fit 16 bits in pairs, and so do the sums of the 16 of
+// a group that meet in a lane.
 
 // Four bytes of inputs in every lane. They are fetched here and not earlier: the compiler would
 // fetch those of all rows at once and had no registers left for the sums.
@@ -16,40 +23,113 @@ OVFAST_INLINE __m256i Broadcast(const void* inputs) {
 }
 
 // Keeps sums in registers of their own, from one product to the next.
-OVFAST_INLINE VecI Pinned(VecI sums) {
-  __asm__ volatile("" : "+x"(sums.lo), "+x"(sums.hi));
+OVFAST_INLINE __m256i Pinned(__m256i sums) {
+  __asm__ volatile("" : "+x"(sums));
   return sums;
 }
+OVFAST_INLINE VecI Pinned(VecI sums) { return {Pinned(sums.lo), Pinned(sums.hi)}; }
 
 template <WeightKind kKind>
 struct Dot;
 
+// 16 bytes of lanes that lie in their range.
+OVFAST_INLINE __m128i SignedBytes(VecI lanes) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(lanes.lo, lanes.hi), 0xd8);
+  return _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+
+// Sums of 4 unsigned bytes of `a` times those of `b` in each lane of 32 bits.
+OVFAST_INLINE __m256i DotBytes(__m256i a, __m256i b) {
+  return _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));
+}
+
 template <>
 struct Dot<WeightKind::kInt8> {
-  using Input = std::int16_t;  // in the order 0, 2, 1, 3 of each four
-  static constexpr int kLines = 2;
+  using Input = std::uint8_t;  // 64 too high
+  static constexpr int kLines = 1;
+  static constexpr int kStep = 2;
+  static constexpr float kMostInput = 63.0f;
+  static constexpr bool kExpandsGroups = true;
+  static constexpr int kExcess = 64;
+  static constexpr short kMostWeights = 258;  // 32767 / (63 + kExcess)
 
-  // Inputs 0 and 2, then 1 and 3, of each lane.
-  static OVFAST_INLINE void Expand(VecI line, std::uint8_t* operands) {
-    StoreI(operands, {_mm256_srai_epi16(_mm256_slli_epi16(line.lo, 8), 8),
-                      _mm256_srai_epi16(_mm256_slli_epi16(line.hi, 8), 8)});
-    StoreI(operands + kLineBytes, {_mm256_srai_epi16(line.lo, 8), _mm256_srai_epi16(line.hi, 8)});
+  // 1 in the lanes of 32 bits whose weights must be halved. Halves of 32 bytes from `lines` on.
+  static OVFAST_INLINE __m256i Exceeds(const std::uint8_t* lines, std::int64_t num_lines) {
+    const __m256i ones = _mm256_set1_epi8(1), zero = _mm256_setzero_si256();
+    __m256i most = zero;
+    for (std::int64_t line = 0; line < num_lines; line += kStep) {
+      __m256i all = zero, positive = zero;
+      for (int step = 0; step < kStep; ++step) {
+        const __m256i weights = LoadHalf(lines + (line + step) * kLineBytes);
+        all = _mm256_add_epi16(all, _mm256_maddubs_epi16(ones, weights));
+        positive = _mm256_add_epi16(
+            positive, _mm256_maddubs_epi16(ones, _mm256_max_epi8(weights, zero)));
+      }
+      const __m256i negative = _mm256_sub_epi16(positive, all);
+      most = _mm256_max_epi16(most, _mm256_max_epi16(positive, negative));
+    }
+    const __m256i words = _mm256_cmpgt_epi16(most, _mm256_set1_epi16(kMostWeights));
+    return _mm256_cmpgt_epi32(zero, _mm256_or_si256(words, _mm256_slli_epi32(words, 16)));
+  }
+  // Bytes to the nearest of their halves, halves to even.
+  static OVFAST_INLINE __m256i Halved(__m256i bytes) {
+    const __m256i top = _mm256_set1_epi8(static_cast<char>(0x80));
+    const __m256i shifted = _mm256_srli_epi16(_mm256_xor_si256(bytes, top), 1);
+    const __m256i below = _mm256_sub_epi8(_mm256_and_si256(shifted, _mm256_set1_epi8(0x7f)),
+                                          _mm256_set1_epi8(0x40));
+    const __m256i odd = _mm256_and_si256(_mm256_and_si256(bytes, below), _mm256_set1_epi8(1));
+    return _mm256_add_epi8(below, odd);
+  }
+  // 8 outputs: a half of each line, of the scales and of the starts.
+  static OVFAST_INLINE void ExpandHalf(const std::uint8_t* lines, std::int64_t num_lines,
+                                       std::uint8_t* operands, float* scales,
+                                       std::int32_t* starts) {
+    const __m256i exceeds = Exceeds(lines, num_lines);
+    __m256i sums = _mm256_setzero_si256();
+    for (std::int64_t line = 0; line < num_lines; ++line) {
+      const __m256i weights = LoadHalf(lines + line * kLineBytes);
+      const __m256i operand = _mm256_blendv_epi8(weights, Halved(weights), exceeds);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(operands + line * kLineBytes), operand);
+      sums = _mm256_add_epi32(sums, DotBytes(_mm256_set1_epi8(1), operand));
+    }
+    const __m256 once = _mm256_loadu_ps(scales);
+    _mm256_storeu_ps(scales, _mm256_blendv_ps(once, _mm256_add_ps(once, once),
+                                              _mm256_castsi256_ps(exceeds)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(starts),
+                        _mm256_mullo_epi32(sums, _mm256_set1_epi32(-kExcess)));
+  }
+  static OVFAST_INLINE void ExpandGroup(const std::uint8_t* lines, std::int64_t num_lines,
+                                        std::uint8_t* operands, float* scales,
+                                        std::int32_t* starts) {
+    ExpandHalf(lines, num_lines, operands, scales, starts);
+    ExpandHalf(lines + kLineBytes / 2, num_lines, operands + kLineBytes / 2, scales + kLanes / 2,
+               starts + kLanes / 2);
   }
   static OVFAST_INLINE std::int32_t Correction(const std::int32_t (&)[kLanes]) { return 0; }
-  static OVFAST_INLINE VecI Start(std::int32_t) { return Pinned(ZeroI()); }
-  static OVFAST_INLINE VecI Add(VecI sums, VecI weights, const void* inputs) {
-    const __m256i all = Broadcast(inputs);
-    return Pinned({_mm256_add_epi32(sums.lo, _mm256_madd_epi16(weights.lo, all)),
-                   _mm256_add_epi32(sums.hi, _mm256_madd_epi16(weights.hi, all))});
+  static OVFAST_INLINE VecI Start(std::int32_t, const std::int32_t* starts) {
+    return Pinned(LoadI(starts));
+  }
+  static OVFAST_INLINE VecI Add(VecI sums, const VecI (&weights)[kStep], const void* inputs) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    const __m256i first = Broadcast(inputs);
+    const __m256i second = Broadcast(static_cast<const std::uint8_t*>(inputs) + 4);
+    const __m256i lo = _mm256_add_epi16(_mm256_maddubs_epi16(first, weights[0].lo),
+                                        _mm256_maddubs_epi16(second, weights[1].lo));
+    sums.lo = Pinned(_mm256_add_epi32(sums.lo, _mm256_madd_epi16(lo, ones)));
+    const __m256i hi = _mm256_add_epi16(_mm256_maddubs_epi16(first, weights[0].hi),
+                                        _mm256_maddubs_epi16(second, weights[1].hi));
+    sums.hi = Pinned(_mm256_add_epi32(sums.hi, _mm256_madd_epi16(hi, ones)));
+    return sums;
   }
   static OVFAST_INLINE VecI End(VecI sums) { return sums; }
   static OVFAST_INLINE void Store16(Input* to, VecI inputs) {
-    // Each four to 0 2 1 3; packing works on halves of a register, so its quarters are put in
-    // order.
-    const __m256i lo = _mm256_shuffle_epi32(inputs.lo, 0xd8);
-    const __m256i hi = _mm256_shuffle_epi32(inputs.hi, 0xd8);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(lo, hi), 0xd8);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_add_epi8(SignedBytes(inputs), _mm_set1_epi8(kExcess)));
+  }
+
+ private:
+  static OVFAST_INLINE __m256i LoadHalf(const std::uint8_t* line) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line));
   }
 };
 
@@ -57,6 +137,9 @@ template <>
 struct Dot<WeightKind::kInt4> {
   using Input = std::int8_t;
   static constexpr int kLines = 2;
+  static constexpr int kStep = 1;
+  static constexpr float kMostInput = 127.0f;
+  static constexpr bool kExpandsGroups = false;
 
   static OVFAST_INLINE void Expand(VecI line, std::uint8_t* operands) {
     StoreI(operands, AndI(line, SetI(0x0f0f0f0f)));
@@ -72,21 +155,19 @@ struct Dot<WeightKind::kInt4> {
     }
     return static_cast<std::int32_t>((low & 0xffffu) | high << 16);
   }
-  static OVFAST_INLINE VecI Start(std::int32_t correction) { return Pinned(SetI(correction)); }
-  static OVFAST_INLINE VecI Add(VecI sums, VecI weights, const void* inputs) {
+  static OVFAST_INLINE VecI Start(std::int32_t correction, const std::int32_t*) {
+    return Pinned(SetI(correction));
+  }
+  static OVFAST_INLINE VecI Add(VecI sums, const VecI (&weights)[kStep], const void* inputs) {
     const __m256i all = Broadcast(inputs);
-    return Pinned({_mm256_add_epi16(sums.lo, _mm256_maddubs_epi16(weights.lo, all)),
-                   _mm256_add_epi16(sums.hi, _mm256_maddubs_epi16(weights.hi, all))});
+    return Pinned({_mm256_add_epi16(sums.lo, _mm256_maddubs_epi16(weights[0].lo, all)),
+                   _mm256_add_epi16(sums.hi, _mm256_maddubs_epi16(weights[0].hi, all))});
   }
   static OVFAST_INLINE VecI End(VecI sums) {
     const __m256i ones = _mm256_set1_epi16(1);
     return {_mm256_madd_epi16(sums.lo, ones), _mm256_madd_epi16(sums.hi, ones)};
   }
   static OVFAST_INLINE void Store16(Input* to, VecI inputs) {
-    const __m256i words = _mm256_packs_epi32(inputs.lo, inputs.hi);
-    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
-    const __m128i bytes =
-        _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), SignedBytes(inputs));
   }
 };

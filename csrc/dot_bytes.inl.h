@@ -2,15 +2,19 @@
 // ones: over AddBytes and StoreSigned of dot_scalar.inl.h or dot_avx512.inl.h. What each operation
 // means also where they are others, as in dot_avx2.inl.h.
 //
-// `Expand` turns a packed line of weights into kLines operands of 64 bytes. An operand is
-// multiplied with 32 bits of a row's inputs, the same in every lane: lane n is the sum of the
-// products of one output. `Start` … `Add` … `End` sum a group; `correction` is that of the row in
-// this group.
+// `Expand` turns a packed line of weights into kLines operands of 64 bytes; where kExpandsGroups,
+// `ExpandGroup` does so with all lines of a group, and may change its scales and set `starts`. An
+// operand is multiplied with 32 bits of a row's inputs, the same in every lane: lane n is the sum of
+// the products of one output. `Start` … `Add` … `End` sum a group, kStep operands at once;
+// `correction` is that of the row in this group. Inputs are integers in [-kMostInput, kMostInput].
 
 template <WeightKind kKind>
 struct Dot {
   using Input = std::int8_t;  // an input, as stored in its own order
   static constexpr int kLines = kKind == WeightKind::kInt8 ? 1 : 2;
+  static constexpr int kStep = 1;
+  static constexpr float kMostInput = 127.0f;
+  static constexpr bool kExpandsGroups = false;
   // What weights in an operand are too high by: unsigned bytes are multiplied with signed ones.
   static constexpr std::int32_t kExcess = kKind == WeightKind::kInt8 ? 128 : 8;
 
@@ -28,11 +32,13 @@ struct Dot {
     for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
     return -kExcess * sum;
   }
-  static OVFAST_INLINE VecI Start(std::int32_t correction) { return SetI(correction); }
-  static OVFAST_INLINE VecI Add(VecI sums, VecI weights, const void* inputs) {
+  static OVFAST_INLINE VecI Start(std::int32_t correction, const std::int32_t*) {
+    return SetI(correction);
+  }
+  static OVFAST_INLINE VecI Add(VecI sums, const VecI (&weights)[kStep], const void* inputs) {
     std::int32_t bits;
     std::memcpy(&bits, inputs, sizeof(bits));
-    return AddBytes(sums, weights, SetI(bits));
+    return AddBytes(sums, weights[0], SetI(bits));
   }
   static OVFAST_INLINE VecI End(VecI sums) { return sums; }
   // Stores 16 inputs.

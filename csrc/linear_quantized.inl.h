@@ -3,13 +3,14 @@
 //
 // Inputs are multiplied by their factors before they are quantised. An output is a sum over the
 // groups of inputs in order: total += (input scale · weight scale) · an integer dot product, which
-// is exact. A task takes a chunk of rows and a few blocks: a panel of a block, expanded to
+// is exact. How many levels inputs have, and whether a group's weights lose their last bit, is the
+// instruction set's: see dot_avx2.inl.h. A task takes a chunk of rows and a few blocks: a panel of a block, expanded to
 // operands, stays in L1 while the tiles of rows pass over it, the chunk's inputs of the panel stay
 // in L2.
 
 constexpr std::int64_t kQuantizedRows = 16;  // rows of a task that quantises
 constexpr std::int64_t kDotBlocks = 8;       // blocks of a task on many rows; even
-constexpr std::int64_t kDotRows = 192;       // rows of a task on many rows
+constexpr std::int64_t kDotRows = 384;       // rows of a task on many rows
 
 template <WeightKind kKind>
 constexpr std::int64_t kGroupOf = kKind == WeightKind::kInt8 ? kInt8Group : kInt4Group;
@@ -55,16 +56,17 @@ inline void QuantizeInputs(const float* x, const float* factors, std::int64_t co
     most = Max(most, Max(values, Sub(Zero(), values)));
     poison = Fma(values, Zero(), poison);  // NaN from inf and NaN: outputs are NaN, not wrong
   }
-  *scale = MaxOf(most) / 127.0f + Sum(poison);
+  constexpr float kMost = Dot<kKind>::kMostInput;
+  *scale = MaxOf(most) / kMost + Sum(poison);
   // A scale may be 0 where inputs are not: they are as good as 0.
   const Vec divisor = Set(*scale == 0.0f ? 1.0f : *scale);
   VecI sums = ZeroI();
   for (std::int64_t k = 0; k < kGroupOf<kKind>; k += kLanes) {
     // Factors behind the last group are those of nothing: the line of them ends with it.
     const Vec values = k < count ? Mul(LoadUpTo(x + k, count - k), Load(factors + k)) : Zero();
-    // Beyond ±127 only where the scale is subnormal; the second operand wins where one is NaN.
-    const Vec quotient = Max(Div(values, divisor), Set(-127.0f));
-    const VecI q = RoundToInt(Min(quotient, Set(127.0f)));
+    // Beyond ±kMost only where the scale is subnormal; the second operand wins where one is NaN.
+    const Vec quotient = Max(Div(values, divisor), Set(-kMost));
+    const VecI q = RoundToInt(Min(quotient, Set(kMost)));
     Dot<kKind>::Store16(inputs + k, q);
     sums = AddI(sums, q);
   }
@@ -78,6 +80,7 @@ template <WeightKind kKind>
 struct Panel {
   alignas(64) std::uint8_t operands[kPanelGroups<kKind> * kGroupOperands<kKind> * kLineBytes];
   alignas(64) float scales[kPanelGroups<kKind> * kBlock];
+  alignas(64) std::int32_t starts[kPanelGroups<kKind> * kBlock];  // what some dots begin with
 };
 
 // Expands `num_k` inputs from k on, of a block.
@@ -91,9 +94,13 @@ inline void ExpandWeights(const std::uint8_t* block, std::int64_t scale_bytes, s
     Store(panel->scales + i * kBlock, LoadBrain(scales + i * kBlock));
   }
   const std::uint8_t* const lines = block + scale_bytes + k / kInputs * kLineBytes;
-  for (std::int64_t line = 0; line < num_k / kInputs; ++line) {
-    Dot<kKind>::Expand(LoadI(lines + line * kLineBytes),
-                       panel->operands + line * Dot<kKind>::kLines * kLineBytes);
+  if constexpr (Dot<kKind>::kExpandsGroups) {  // a panel is a group
+    Dot<kKind>::ExpandGroup(lines, num_k / kInputs, panel->operands, panel->scales, panel->starts);
+  } else {
+    for (std::int64_t line = 0; line < num_k / kInputs; ++line) {
+      Dot<kKind>::Expand(LoadI(lines + line * kLineBytes),
+                         panel->operands + line * Dot<kKind>::kLines * kLineBytes);
+    }
   }
 }
 
@@ -104,6 +111,7 @@ OVFAST_NOINLINE void AddPanel(const QuantizedRows<kKind>& x, std::int64_t first_
                               std::int64_t totals_stride) {
   using Input = typename Dot<kKind>::Input;
   constexpr std::int64_t kGroup = kGroupOf<kKind>, kRowStride = kGroup * kPanelGroups<kKind>;
+  constexpr int kStep = Dot<kKind>::kStep;
   for (std::int64_t i = 0; i * kGroup < num_k; ++i) {
     const std::int64_t index = IndexOf<kKind>(k / kGroup + i, first_row, x.num_rows);
     const Input* const inputs = x.inputs + index * kGroup;
@@ -115,21 +123,24 @@ OVFAST_NOINLINE void AddPanel(const QuantizedRows<kKind>& x, std::int64_t first_
     for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
       for (int block = 0; block < kBlocks; ++block) {
-        sums[row][block] = Dot<kKind>::Start(x.corrections[index + row * kPanelGroups<kKind>]);
+        sums[row][block] = Dot<kKind>::Start(x.corrections[index + row * kPanelGroups<kKind>],
+                                             panels[block].starts + i * kBlock);
       }
     }
 #pragma GCC unroll 2
-    for (std::int64_t operand = 0; operand < num_operands; ++operand) {
-      VecI weights[kBlocks];
+    for (std::int64_t operand = 0; operand < num_operands; operand += kStep) {
+      VecI weights[kBlocks][kStep];
 #pragma GCC unroll 4
       for (int block = 0; block < kBlocks; ++block) {
-        weights[block] = LoadI(operands + operand * kLineBytes +
-                               block * static_cast<std::int64_t>(sizeof(Panel<kKind>)));
+#pragma GCC unroll 2
+        for (int step = 0; step < kStep; ++step) {
+          weights[block][step] = LoadI(operands + (operand + step) * kLineBytes +
+                                       block * static_cast<std::int64_t>(sizeof(Panel<kKind>)));
+        }
       }
 #pragma GCC unroll 16
       for (int row = 0; row < kRows; ++row) {
         const char* const input =
-
             reinterpret_cast<const char*>(inputs + row * kRowStride) + operand * 4;
 #pragma GCC unroll 4
         for (int block = 0; block < kBlocks; ++block) {

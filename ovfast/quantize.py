@@ -15,6 +15,10 @@ them is multiplied by it. (The scaling of SmoothQuant, Xiao et al. 2022, from th
 The scale is rounded first and q = weight / scale after it, to the nearest, halves to even. A group
 whose scale is 0 has q = 0. Inputs of a layer, times their factors, are quantised in the same groups
 to int8, with float32 scales: largest magnitude / 127.
+
+AVX2 multiplies int8 with seven bits of each input (csrc/dot_avx2.inl.h): inputs are in [-63, 63],
+their scale is the largest magnitude / 63, and a group of weights in which a sum of four products
+might not fit 16 bits is halved, to the nearest, halves to even, and its scale doubled.
 """
 
 from typing import Literal, NamedTuple
@@ -30,6 +34,8 @@ QuantizedKind = Literal["int8", "int4"]
 LARGEST_INT8 = 127
 LOWEST_INT4, HIGHEST_INT4 = -8, 7
 LARGEST_EXPONENT = 30  # of a factor
+LARGEST_OF_SEVEN_BITS = 63
+LARGEST_SUM_OF_FOUR = 258  # weights of one sign, with inputs of seven bits
 
 
 class Quantized(NamedTuple):
@@ -101,12 +107,34 @@ def dequantize(q: Tensor, scales: Tensor, group: int) -> Tensor:
     return q * scales.repeat_interleave(group, dim=1)[:, : q.shape[1]]
 
 
-def quantize_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def halve_large_groups(q: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Makes int8 weights fit products with inputs of seven bits.
+
+    Args:
+        q: (rows, cols) int8.
+        scales: (rows, groups) float.
+
+    Returns:
+        q and scales, changed in the groups where the positive weights of 0, 1, 4 and 5, or of 2,
+        3, 6 and 7, of eight neighbours sum to more than 258, or the negative ones to less than
+        -258.
+    """
+    grouped = _grouped(q.int(), GROUPS["int8"])
+    fours = grouped.unflatten(-1, (-1, 2, 2, 2))  # eight neighbours: [line][half of it][input]
+    sums = torch.stack([part.sum((-3, -1)) for part in (fours.clamp(min=0), -fours.clamp(max=0))])
+    halves = (sums.amax((0, -2, -1)) > LARGEST_SUM_OF_FOUR).unsqueeze(-1)
+    grouped = torch.where(halves, (grouped / 2).round().int(), grouped)
+    q = grouped.flatten(1)[:, : q.shape[1]].contiguous().to(torch.int8)
+    return q, torch.where(halves.squeeze(-1), scales * 2, scales)
+
+
+def quantize_rows(x: Tensor, group: int, largest: int = LARGEST_INT8) -> tuple[Tensor, Tensor]:
     """Quantises the inputs of a linear layer to int8.
 
     Args:
         x: (rows, cols) float32.
         group: inputs that share a scale.
+        largest: magnitude of q.
 
     Returns:
         q (rows, cols) int8, and scales (rows, groups) float32; the scale of a group that holds inf
@@ -114,8 +142,8 @@ def quantize_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """
     grouped = _grouped(x.float(), group)
     # inf · 0 is NaN: the outputs of such a row are NaN instead of wrong.
-    scales = grouped.abs().amax(-1) / LARGEST_INT8 + (grouped * 0).sum(-1)
-    q = _divided(grouped, scales, -LARGEST_INT8, LARGEST_INT8)
+    scales = grouped.abs().amax(-1) / largest + (grouped * 0).sum(-1)
+    q = _divided(grouped, scales, -largest, largest)
     return q.flatten(1)[:, : x.shape[1]].contiguous(), scales
 
 
@@ -126,6 +154,7 @@ def fake_quantized_linear(
     kind: QuantizedKind,
     *,
     exact_activations: bool,
+    seven_bits: bool = False,
     upcast: bool = False,
 ) -> Tensor:
     """Computes the layer as the quantised one rounds its operands, by a float product.
@@ -136,6 +165,7 @@ def fake_quantized_linear(
         bias: (out_features,) or None.
         kind: how the weight is stored.
         exact_activations: whether x is used as it is; else it is quantised too.
+        seven_bits: whether int8 is multiplied with quantised inputs as AVX2 does.
         upcast: whether the same operands are multiplied in float64: the truth of tests.
 
     Returns:
@@ -144,12 +174,15 @@ def fake_quantized_linear(
     dtype = torch.float64 if upcast else torch.float32
     group = GROUPS[kind]
     q, scales, factors = quantize(weight, kind)
+    seven_bits = seven_bits and kind == "int8" and not exact_activations
+    if seven_bits:
+        q, scales = halve_large_groups(q, scales)
     operand = dequantize(q, scales.to(dtype), group)
     x = x.float() * factors
     if exact_activations:
         x = x.to(dtype)
     else:
-        q, scales = quantize_rows(x, group)
+        q, scales = quantize_rows(x, group, LARGEST_OF_SEVEN_BITS if seven_bits else LARGEST_INT8)
         x = dequantize(q, scales.to(dtype), group)
     return F.linear(x, operand, None if bias is None else bias.to(dtype))
 

@@ -9,6 +9,7 @@ from ovfast.quantize import (
     QuantizedKind,
     dequantize,
     fake_quantized_linear,
+    halve_large_groups,
     input_factors,
     quantize,
     quantize_rows,
@@ -142,17 +143,49 @@ def test_a_row_that_is_not_finite_gives_nan(bad: float) -> None:
     assert torch.isnan(out[1]).all()
 
 
+def test_groups_whose_sums_of_four_are_too_large_are_halved() -> None:
+    q = torch.zeros(6, 256, dtype=torch.int8)
+    q[:, 10:14], q[:, 200:208] = 3, 60  # neighbours of eight: 200…207; 60 · 4 is not too large
+    q[1, [200, 201, 204, 205]] = torch.tensor([127, 127, 3, 1], dtype=torch.int8)  # 258
+    q[2, [200, 201, 204, 205]] = torch.tensor([127, 127, 3, 2], dtype=torch.int8)
+    q[3, [202, 203, 206, 207]] = torch.tensor([-125, -126, -3, -5], dtype=torch.int8)
+    q[4, [202, 203, 206, 207]] = torch.tensor([-125, 126, -127, -5], dtype=torch.int8)  # -257
+    q[5, 8:12], q[5, 12:14] = 127, 2  # two and two
+    scales = torch.arange(1.0, 13).view(6, 2)
+    halved, doubled = halve_large_groups(q, scales)
+    assert halved.dtype == torch.int8
+    for row in (0, 1, 4, 5):
+        assert torch.equal(halved[row], q[row])
+        assert torch.equal(doubled[row], scales[row])
+    assert halved[2, 200:208].tolist() == [64, 64, 30, 30, 2, 1, 30, 30]
+    assert halved[3, 200:208].tolist() == [30, 30, -62, -63, 30, 30, -2, -2]
+    assert torch.equal(halved[2:4, :128], q[2:4, :128])  # the other group stays
+    assert doubled[2:4].tolist() == [[5.0, 12.0], [7.0, 16.0]]
+
+
 # Errors of Gaussian weights: a uniform error of a scale has 1/√12 of it. 2.9 σ is the largest of
 # 128 in the mean, 2.1 σ of 32: 2.7 / 127 / √12 = 0.6 % and 2.1 / 8 / √12 = 7.7 % of σ.
 @pytest.mark.parametrize(
-    ("kind", "exact", "bound"),
-    [("int8", True, 0.008), ("int8", False, 0.012), ("int4", True, 0.09), ("int4", False, 0.09)],
+    ("kind", "exact", "seven_bits", "bound"),
+    [
+        ("int8", True, True, 0.008),
+        ("int8", False, False, 0.012),
+        ("int8", False, True, 0.018),
+        ("int4", True, False, 0.09),
+        ("int4", False, True, 0.09),
+    ],
 )
-def test_relative_error_of_the_scheme(kind: QuantizedKind, exact: bool, bound: float) -> None:
+def test_relative_error_of_the_scheme(
+    kind: QuantizedKind, exact: bool, seven_bits: bool, bound: float
+) -> None:
     x, weight, bias = gaussian(64, 896), gaussian(128, 896, seed=1), gaussian(128, seed=2)
     truth = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-    out = fake_quantized_linear(x, weight, bias, kind, exact_activations=exact)
-    upcast = fake_quantized_linear(x, weight, bias, kind, exact_activations=exact, upcast=True)
+    out, upcast = (
+        fake_quantized_linear(
+            x, weight, bias, kind, exact_activations=exact, seven_bits=seven_bits, upcast=upcast
+        )
+        for upcast in (False, True)
+    )
     relative = float((out.double() - truth).norm() / truth.norm())
     assert bound / 3 < relative < bound
     assert float((out.double() - upcast).abs().max()) < 1e-3

@@ -52,7 +52,7 @@ void Norm(Team& team, const float* x, const float* weight, const DecoderModel& m
   Kernels().rms_norm(team, args);
 }
 
-// out = matrix · x, or out += the same; activations stay float32.
+// out = matrix · x, or out += the same; activations stay float32, but for int4.
 void Project(Team& team, const PackedMatrix& matrix, const float* x, std::int64_t x_stride,
              std::int64_t rows, const float* bias, Activation activation, bool accumulates,
              float* out, std::int64_t out_cols) {

@@ -3,14 +3,14 @@
 //
 // Bytes are multiplied, unsigned with signed, into sums of two products that must fit 16 bits.
 //
-// int8: so that sums of four fit and are widened once, inputs have 7 bits, [-63, 63], and are kept 64
-// too high. Such a sum is within 127 times the sum of its positive, or of its negative, weights. In
-// a group where one of these exceeds 258 the weights are halved, to the nearest, halves to even, and
-// the scale is doubled: of normal weights 1 group of 5. With 16-bit products instead, which round
-// nothing, as many products take 1.5 times as long.
+// int8: so that sums of four fit and are widened once, inputs have 7 bits, [-63, 63], and are kept
+// 64 too high. Such a sum is within 127 times the sum of its positive, or of its negative, weights.
+// In a group where one of these exceeds 258 the weights are halved, to the nearest, halves to even,
+// and the scale is doubled: of normal weights 1 group of 5. With 16-bit products instead, which
+// round nothing, as many products take 1.5 times as long.
 //
-// int4: products of unsigned nibbles and bytes fit 16 bits in pairs, and so do the sums of the 16 of
-// a group that meet in a lane.
+// int4: products of unsigned nibbles and bytes fit 16 bits in pairs, and so do the sums of the 16
+// of a group that meet in a lane.
 
 // Four bytes of inputs in every lane. They are fetched here and not earlier: the compiler would
 // fetch those of all rows at once and had no registers left for the sums.
@@ -62,8 +62,8 @@ struct Dot<WeightKind::kInt8> {
       for (int step = 0; step < kStep; ++step) {
         const __m256i weights = LoadHalf(lines + (line + step) * kLineBytes);
         all = _mm256_add_epi16(all, _mm256_maddubs_epi16(ones, weights));
-        positive = _mm256_add_epi16(
-            positive, _mm256_maddubs_epi16(ones, _mm256_max_epi8(weights, zero)));
+        positive =
+            _mm256_add_epi16(positive, _mm256_maddubs_epi16(ones, _mm256_max_epi8(weights, zero)));
       }
       const __m256i negative = _mm256_sub_epi16(positive, all);
       most = _mm256_max_epi16(most, _mm256_max_epi16(positive, negative));
@@ -75,8 +75,8 @@ struct Dot<WeightKind::kInt8> {
   static OVFAST_INLINE __m256i Halved(__m256i bytes) {
     const __m256i top = _mm256_set1_epi8(static_cast<char>(0x80));
     const __m256i shifted = _mm256_srli_epi16(_mm256_xor_si256(bytes, top), 1);
-    const __m256i below = _mm256_sub_epi8(_mm256_and_si256(shifted, _mm256_set1_epi8(0x7f)),
-                                          _mm256_set1_epi8(0x40));
+    const __m256i below =
+        _mm256_sub_epi8(_mm256_and_si256(shifted, _mm256_set1_epi8(0x7f)), _mm256_set1_epi8(0x40));
     const __m256i odd = _mm256_and_si256(_mm256_and_si256(bytes, below), _mm256_set1_epi8(1));
     return _mm256_add_epi8(below, odd);
   }
@@ -93,8 +93,8 @@ struct Dot<WeightKind::kInt8> {
       sums = _mm256_add_epi32(sums, DotBytes(_mm256_set1_epi8(1), operand));
     }
     const __m256 once = _mm256_loadu_ps(scales);
-    _mm256_storeu_ps(scales, _mm256_blendv_ps(once, _mm256_add_ps(once, once),
-                                              _mm256_castsi256_ps(exceeds)));
+    _mm256_storeu_ps(
+        scales, _mm256_blendv_ps(once, _mm256_add_ps(once, once), _mm256_castsi256_ps(exceeds)));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(starts),
                         _mm256_mullo_epi32(sums, _mm256_set1_epi32(-kExcess)));
   }
@@ -141,9 +141,15 @@ struct Dot<WeightKind::kInt4> {
   static constexpr float kMostInput = 127.0f;
   static constexpr bool kExpandsGroups = false;
 
+  static OVFAST_INLINE void Split(VecI line, VecI* low, VecI* high) {
+    *low = AndI(line, SetI(0x0f0f0f0f));
+    *high = AndI(ShiftRightUnsigned<4>(line), SetI(0x0f0f0f0f));
+  }
   static OVFAST_INLINE void Expand(VecI line, std::uint8_t* operands) {
-    StoreI(operands, AndI(line, SetI(0x0f0f0f0f)));
-    StoreI(operands + kLineBytes, AndI(ShiftRightUnsigned<4>(line), SetI(0x0f0f0f0f)));
+    VecI low, high;
+    Split(line, &low, &high);
+    StoreI(operands, low);
+    StoreI(operands + kLineBytes, high);
   }
   // The sums are 16 bits wide until the end: those of inputs 0 and 1 of each four, and of 2 and 3.
   // So is what both begin with. From there to the end they stay within 16 · 8 · 127.

@@ -4,8 +4,8 @@
 //
 // `Expand` turns a packed line of weights into kLines operands of 64 bytes; where kExpandsGroups,
 // `ExpandGroup` does so with all lines of a group, and may change its scales and set `starts`. An
-// operand is multiplied with 32 bits of a row's inputs, the same in every lane: lane n is the sum of
-// the products of one output. `Start` … `Add` … `End` sum a group, kStep operands at once;
+// operand is multiplied with 32 bits of a row's inputs, the same in every lane: lane n is the sum
+// of the products of one output. `Start` … `Add` … `End` sum a group, kStep operands at once;
 // `correction` is that of the row in this group. Inputs are integers in [-kMostInput, kMostInput].
 
 template <WeightKind kKind>
@@ -22,9 +22,16 @@ struct Dot {
     if constexpr (kKind == WeightKind::kInt8) {
       StoreI(operands, XorI(line, SetI(static_cast<std::int32_t>(0x80808080u))));
     } else {
-      StoreI(operands, AndI(line, SetI(0x0f0f0f0f)));
-      StoreI(operands + kLineBytes, AndI(ShiftRightUnsigned<4>(line), SetI(0x0f0f0f0f)));
+      VecI low, high;
+      Split(line, &low, &high);
+      StoreI(operands, low);
+      StoreI(operands + kLineBytes, high);
     }
+  }
+  // The operands of a line of int4.
+  static OVFAST_INLINE void Split(VecI line, VecI* low, VecI* high) {
+    *low = AndI(line, SetI(0x0f0f0f0f));
+    *high = AndI(ShiftRightUnsigned<4>(line), SetI(0x0f0f0f0f));
   }
   // Of the sums of a group's inputs 0, 16, …, then 1, 17, …, and so on to 15, 31, ….
   static OVFAST_INLINE std::int32_t Correction(const std::int32_t (&sums)[kLanes]) {

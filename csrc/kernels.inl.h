@@ -6,6 +6,7 @@
 #include "linear_float.inl.h"
 #include "linear_exact.inl.h"
 #include "linear_quantized.inl.h"
+#include "linear_few.inl.h"
 #include "argmax.inl.h"
 #include "patch_embed.inl.h"
 #include "place.inl.h"

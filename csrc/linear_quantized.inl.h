@@ -1,12 +1,12 @@
 // Linear layers on weights in int8 or int4 with inputs quantised to int8: many rows, bound by
-// integer products. And the choice between this and linear_exact.inl.h, which is the caller's.
+// integer products.
 //
 // Inputs are multiplied by their factors before they are quantised. An output is a sum over the
 // groups of inputs in order: total += (input scale · weight scale) · an integer dot product, which
 // is exact. How many levels inputs have, and whether a group's weights lose their last bit, is the
-// instruction set's: see dot_avx2.inl.h. A task takes a chunk of rows and a few blocks: a panel of a block, expanded to
-// operands, stays in L1 while the tiles of rows pass over it, the chunk's inputs of the panel stay
-// in L2.
+// instruction set's: see dot_avx2.inl.h. A task takes a chunk of rows and a few blocks: a panel of
+// a block, expanded to operands, stays in L1 while the tiles of rows pass over it, the chunk's
+// inputs of the panel stay in L2.
 
 constexpr std::int64_t kQuantizedRows = 16;  // rows of a task that quantises
 constexpr std::int64_t kDotBlocks = 8;       // blocks of a task on many rows; even
@@ -270,15 +270,4 @@ inline void LinearDots(Team& team, const LinearArgs& args) {
     AddDots<kKind>(args, x, first_row, num_rows, first_block, task_blocks, totals);
     FinishTotals(args, first_row, num_rows, first_block, task_blocks, totals, kDotBlocks * kBlock);
   });
-}
-
-inline void LinearQuantized(Team& team, const LinearArgs& args) {
-  if (args.num_rows <= 0) return;
-  const bool is_int8 = args.matrix.kind == WeightKind::kInt8;
-  if (args.exact_activations) {
-    return is_int8 ? LinearExact<WeightKind::kInt8>(team, args)
-                   : LinearExact<WeightKind::kInt4>(team, args);
-  }
-  return is_int8 ? LinearDots<WeightKind::kInt8>(team, args)
-                 : LinearDots<WeightKind::kInt4>(team, args);
 }

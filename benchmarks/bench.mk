@@ -9,9 +9,10 @@ PEERS ?= -p transformers
 	bench-kernels
 
 # ovfast beside transformers: the table for 0.5B with random weights, in 20 minutes on two cores.
-bench: $(VENV)/.installed $(CHECKPOINTS)/0.5b/.made
-	$(BENCH) latency -m $(CHECKPOINTS)/0.5b -s bfloat16 -s int8 -p transformers -n 16 \
-		--budget-s 960 --out build/bench/latency-0.5b.jsonl $(BENCH_ARGS)
+LATENCY := $(BENCH) latency -m $(CHECKPOINTS)/$(SIZE) -s bfloat16 -s int8 -p transformers -n 16 \
+	--budget-s 960
+bench: $(VENV)/.installed $(CHECKPOINTS)/$(SIZE)/.made
+	$(LATENCY) --out build/bench/latency-$(SIZE).jsonl $(BENCH_ARGS)
 
 # The same of the demo model, in two minutes.
 bench-quick: $(VENV)/.installed
@@ -37,9 +38,9 @@ bench-full: $(VENV)/.installed $(CHECKPOINTS)/$(SIZE)/.made
 	$(BENCH) kernels -m $(CHECKPOINTS)/$(SIZE) --out $(FULL)/kernels.jsonl
 	$(BENCH) accuracy --scenes 150 --out $(FULL)/accuracy.jsonl
 
-# What benchmarks/results holds of 0.5B on a CPU; on a quiet machine of two cores 20 minutes, with
-# ROUNDS=6, from which on a difference can be claimed of what takes over a second, 35. Peers that
-# are not prepared give rows that say so.
+# What benchmarks/results holds of 0.5B on a CPU; half an hour on a quiet machine of two cores, with
+# ROUNDS=6, from which on a difference can be claimed of what takes over a second, 40 minutes. Peers
+# that are not prepared give rows that say so.
 ROUNDS ?= 3
 RESULTS ?= benchmarks/results
 bench-record: bench-prepare
@@ -49,9 +50,7 @@ bench-record: bench-prepare
 		--out $(RESULTS)/stages-$(SIZE).jsonl
 	$(BENCH) startup -m $(CHECKPOINTS)/$(SIZE) -m $(CHECKPOINTS)/$(SIZE)-int8 -m $(CHECKPOINTS)/$(SIZE)-int4 \
 		-p transformers --repeats 2 --out $(RESULTS)/startup-$(SIZE).jsonl
-	$(BENCH) latency -m $(CHECKPOINTS)/$(SIZE) -w text -w 640x480 $(ALL_STORAGES) -p transformers \
-		-n 16 --repeats 12 --slow-repeats $(ROUNDS) --budget-s $$((135 * $(ROUNDS))) \
-		--out $(RESULTS)/latency-$(SIZE).jsonl
+	$(LATENCY) --out $(RESULTS)/latency-$(SIZE).jsonl
 	$(BENCH) memory -m $(CHECKPOINTS)/$(SIZE)-int8 -p none --repeats 1 \
 		--out $(RESULTS)/memory-$(SIZE)-int8.jsonl
 

@@ -336,8 +336,8 @@ Args:
     accumulates: whether the result is added to what out holds.
     out: (num_rows, rows) float32, rows at any stride; for 'silu_mul' (num_rows, half of the rows or
         fewer).
-    exact_activations: with int8 weights, whether x stays float32 instead of being quantised in
-        groups. With int4 it always is, with others never.
+    exact_activations: of int8 alone: whether x stays float32 instead of being quantised in groups.
+        With int4 x is always quantised, with others never.
 
 Raises:
     TypeError: an argument of the wrong type or dtype.

@@ -38,7 +38,7 @@ OVFAST_INLINE __m128i SignedBytes(VecI lanes) {
   return _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
 
-// Sums of 4 unsigned bytes of `a` times those of `b` in each lane of 32 bits.
+// Sums of 4 unsigned bytes of `a` times signed ones of `b` in each lane of 32 bits.
 OVFAST_INLINE __m256i DotBytes(__m256i a, __m256i b) {
   return _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));
 }
@@ -46,21 +46,20 @@ OVFAST_INLINE __m256i DotBytes(__m256i a, __m256i b) {
 template <>
 struct Dot<WeightKind::kInt8> {
   using Input = std::uint8_t;  // 64 too high
-  static constexpr int kLines = 1;
   static constexpr int kStep = 2;
   static constexpr float kMostInput = 63.0f;
   static constexpr bool kExpandsGroups = true;
-  static constexpr int kExcess = 64;
-  static constexpr short kMostWeights = 258;  // 32767 / (63 + kExcess)
+  static constexpr int kInputExcess = 64;
+  static constexpr short kMostWeights = 258;  // 32767 / (63 + 64)
 
-  // 1 in the lanes of 32 bits whose weights must be halved. Halves of 32 bytes from `lines` on.
+  // Ones in the lanes of 32 bits whose weights must be halved. Halves of lines from `lines` on.
   static OVFAST_INLINE __m256i Exceeds(const std::uint8_t* lines, std::int64_t num_lines) {
     const __m256i ones = _mm256_set1_epi8(1), zero = _mm256_setzero_si256();
     __m256i most = zero;
     for (std::int64_t line = 0; line < num_lines; line += kStep) {
       __m256i all = zero, positive = zero;
       for (int step = 0; step < kStep; ++step) {
-        const __m256i weights = LoadHalf(lines + (line + step) * kLineBytes);
+        const __m256i weights = LoadHalfLine(lines + (line + step) * kLineBytes);
         all = _mm256_add_epi16(all, _mm256_maddubs_epi16(ones, weights));
         positive =
             _mm256_add_epi16(positive, _mm256_maddubs_epi16(ones, _mm256_max_epi8(weights, zero)));
@@ -87,7 +86,7 @@ struct Dot<WeightKind::kInt8> {
     const __m256i exceeds = Exceeds(lines, num_lines);
     __m256i sums = _mm256_setzero_si256();
     for (std::int64_t line = 0; line < num_lines; ++line) {
-      const __m256i weights = LoadHalf(lines + line * kLineBytes);
+      const __m256i weights = LoadHalfLine(lines + line * kLineBytes);
       const __m256i operand = _mm256_blendv_epi8(weights, Halved(weights), exceeds);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(operands + line * kLineBytes), operand);
       sums = _mm256_add_epi32(sums, DotBytes(_mm256_set1_epi8(1), operand));
@@ -96,7 +95,7 @@ struct Dot<WeightKind::kInt8> {
     _mm256_storeu_ps(
         scales, _mm256_blendv_ps(once, _mm256_add_ps(once, once), _mm256_castsi256_ps(exceeds)));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(starts),
-                        _mm256_mullo_epi32(sums, _mm256_set1_epi32(-kExcess)));
+                        _mm256_mullo_epi32(sums, _mm256_set1_epi32(-kInputExcess)));
   }
   static OVFAST_INLINE void ExpandGroup(const std::uint8_t* lines, std::int64_t num_lines,
                                         std::uint8_t* operands, float* scales,
@@ -124,11 +123,11 @@ struct Dot<WeightKind::kInt8> {
   static OVFAST_INLINE VecI End(VecI sums) { return sums; }
   static OVFAST_INLINE void Store16(Input* to, VecI inputs) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                     _mm_add_epi8(SignedBytes(inputs), _mm_set1_epi8(kExcess)));
+                     _mm_add_epi8(SignedBytes(inputs), _mm_set1_epi8(kInputExcess)));
   }
 
  private:
-  static OVFAST_INLINE __m256i LoadHalf(const std::uint8_t* line) {
+  static OVFAST_INLINE __m256i LoadHalfLine(const std::uint8_t* line) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line));
   }
 };

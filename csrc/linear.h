@@ -98,8 +98,8 @@ struct LinearArgs {
   const float* bias;        // (matrix.rows,) in the matrix's own order of rows, or null
   Activation activation;    // after the bias
   bool accumulates;         // whether the result is added to `out`
-  bool exact_activations;   // int8: x stays float32 (decode) instead of being quantised in the
-                            // groups of the weights (prefill, tower), as it is for int4
+  bool exact_activations;   // int8 alone: x stays float32 (decode), else it is quantised in the
+                            // groups of the weights (prefill, tower); for int4 it always is
   float* out;               // (num_rows, out_cols); does not overlap x
   std::int64_t out_stride;  // floats from a row of out to the next
   std::int64_t out_cols;    // matrix.rows; for kSiluMul at most half of it, the rest is padding

@@ -12,6 +12,7 @@ constexpr std::int64_t kExactRows = 16;    // rows of x prepared at a time
 constexpr std::int64_t kExactBlocks = 4;   // of a task; even
 constexpr std::int64_t kExactPanel = 256;  // inputs whose weights stay in L1 for all rows
 constexpr int kExactTile = 4;              // rows side by side
+constexpr std::int64_t kAheadChunks = 4;   // from what is read to what is fetched
 
 // Rows of x as the sums want them, zero where padded.
 struct ExactInputs {
@@ -49,17 +50,20 @@ OVFAST_INLINE void AddLine(const float* x, std::int64_t x_stride, const VecI (&l
 }
 
 // Adds the chunks of `num_k` inputs from k on to the totals (row-major, 16 columns a block).
-// `ahead`: bytes from a line to the one that is fetched for later.
+// Memory is fetched kAheadChunks before it is read, beyond `end_k` from `jump` bytes further on:
+// where the next blocks are.
 template <int kRows, int kBlocks>
 OVFAST_NOINLINE void AddChunks(const ExactInputs& inputs, std::int64_t first_row,
                                const std::uint8_t* const* blocks, std::int64_t scale_bytes,
-                               std::int64_t k, std::int64_t num_k, std::int64_t ahead,
-                               float* totals, std::int64_t totals_stride) {
+                               std::int64_t k, std::int64_t num_k, std::int64_t end_k,
+                               std::int64_t jump, float* totals, std::int64_t totals_stride) {
   const std::uint8_t* from[kBlocks];
 #pragma GCC unroll 4
   for (int block = 0; block < kBlocks; ++block) from[block] = blocks[block];
   for (const std::int64_t end = k + num_k; k < end; k += kChunk) {
     const float* const x = inputs.x + first_row * inputs.x_stride + k;
+    const std::int64_t ahead =
+        kAheadChunks * kChunk * kBlock + (k + kAheadChunks * kChunk < end_k ? 0 : jump);
     Vec sums[kRows][kBlocks];
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) {
@@ -96,17 +100,18 @@ template <int kRows>
 inline void AddRows(std::int64_t num_rows, const ExactInputs& inputs, std::int64_t first_row,
                     const std::uint8_t* const* blocks, std::int64_t num_blocks,
                     std::int64_t scale_bytes, std::int64_t k, std::int64_t num_k,
-                    std::int64_t ahead, float* totals) {
+                    std::int64_t end_k, std::int64_t block_bytes, float* totals) {
   if constexpr (kRows > 1) {
     if (num_rows < kRows) {
       return AddRows<kRows - 1>(num_rows, inputs, first_row, blocks, num_blocks, scale_bytes, k,
-                                num_k, ahead, totals);
+                                num_k, end_k, block_bytes, totals);
     }
   }
-  constexpr int kSide = kRows == 1 ? 2 : kRows == 2 ? 2 : kTileBlocks;
+  constexpr int kSide = kRows <= 2 ? 2 : kTileBlocks;
   for (std::int64_t block = 0; block < num_blocks; block += kSide) {
-    AddChunks<kRows, kSide>(inputs, first_row, blocks + block, scale_bytes, k, num_k, ahead,
-                            totals + block * kBlock, kExactBlocks * kBlock);
+    AddChunks<kRows, kSide>(inputs, first_row, blocks + block, scale_bytes, k, num_k, end_k,
+                            (kSide - 1) * block_bytes + scale_bytes, totals + block * kBlock,
+                            kExactBlocks * kBlock);
   }
 }
 
@@ -156,7 +161,7 @@ inline void LinearExact(Team& team, const LinearArgs& args) {
     for (std::int64_t k = 0; k < padded; k += panel) {
       for (std::int64_t row = 0; row < task_rows; row += kExactTile) {
         AddRows<kExactTile>(LeastOf(kExactTile, task_rows - row), inputs, row, blocks, task_blocks,
-                            scale_bytes, k, LeastOf(panel, padded - k), kExactBlocks * block_bytes,
+                            scale_bytes, k, LeastOf(panel, padded - k), padded, block_bytes,
                             totals + row * kExactBlocks * kBlock);
       }
     }

@@ -1,9 +1,9 @@
 // Linear layers on int4 for a few rows, bound by memory: weights are expanded in registers, once a
-// row. And the choice among the kernels of quantised weights.
+// tile of rows. And the choice among the kernels of quantised weights.
 //
 // Inputs are quantised and sums added as in linear_quantized.inl.h, to the bit.
 
-constexpr std::int64_t kFewRows = 16;   // rows quantised at a time
+constexpr std::int64_t kFewRows = 16;   // at most
 constexpr std::int64_t kFewBlocks = 4;  // of a task; even
 constexpr int kFewTile = 4;             // rows side by side
 
@@ -16,7 +16,8 @@ struct FewInputs {
 };
 
 // Adds all groups of some blocks to the totals (row-major, 16 columns a block) of rows from
-// first_row on. `ahead`: bytes from a line to the one that is fetched for later.
+// first_row on. `ahead`: bytes from a line to the one that is fetched for later; four streams need
+// no help.
 template <int kRows, int kBlocks>
 OVFAST_NOINLINE void AddGroups(const FewInputs& x, std::int64_t first_row,
                                const std::uint8_t* const* blocks, std::int64_t scale_bytes,
@@ -38,13 +39,13 @@ OVFAST_NOINLINE void AddGroups(const FewInputs& x, std::int64_t first_row,
     }
 #pragma GCC unroll 4
     for (std::int64_t line = 0; line < kLines; ++line) {
-      VecI low[kBlocks][1], high[kBlocks][1];
+      VecI low[kBlocks][DotInt4::kStep], high[kBlocks][DotInt4::kStep];
 #pragma GCC unroll 4
       for (int block = 0; block < kBlocks; ++block) {
         const std::uint8_t* const place =
             from[block] + scale_bytes + (group * kLines + line) * kLineBytes;
         DotInt4::Split(LoadI(place), low[block], high[block]);
-        __builtin_prefetch(place + ahead);
+        if constexpr (kBlocks < kFewBlocks) __builtin_prefetch(place + ahead);
       }
 #pragma GCC unroll 4
       for (int row = 0; row < kRows; ++row) {
@@ -83,25 +84,24 @@ inline void AddGroupsOfRows(std::int64_t num_rows, const FewInputs& x, std::int6
                                         ahead, totals);
     }
   }
-  constexpr int kSide = kRows <= 2 ? 2 : kTileBlocks;
+  constexpr int kSide = kRows == 1 ? 4 : kRows == 2 ? 2 : kTileBlocks;
   for (std::int64_t block = 0; block < num_blocks; block += kSide) {
     AddGroups<kRows, kSide>(x, first_row, blocks + block, scale_bytes, ahead,
                             totals + block * kBlock, kFewBlocks * kBlock);
   }
 }
 
-inline FewInputs QuantizeFew(const LinearArgs& args, std::int64_t first_row, std::int64_t num_rows,
-                             void* memory) {
+inline FewInputs QuantizeFew(const LinearArgs& args, void* memory) {
   const std::int64_t num_groups = NumGroups(WeightKind::kInt4, args.matrix.cols);
-  const std::int64_t count = kFewRows * num_groups;
+  const std::int64_t count = args.num_rows * num_groups;
   FewInputs x;
   x.scales = static_cast<float*>(memory);
   x.corrections = reinterpret_cast<std::int32_t*>(x.scales + count);
   x.inputs = reinterpret_cast<Dot<WeightKind::kInt4>::Input*>(x.corrections + count);
   x.num_groups = num_groups;
-  for (std::int64_t i = 0; i < num_rows * num_groups; ++i) {
-    const std::int64_t first = i % num_groups * kInt4Group;
-    QuantizeInputs<WeightKind::kInt4>(args.x + (first_row + i / num_groups) * args.x_stride + first,
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t row = i / num_groups, first = i % num_groups * kInt4Group;
+    QuantizeInputs<WeightKind::kInt4>(args.x + row * args.x_stride + first,
                                       FactorsOf(args.matrix) + first,
                                       LeastOf(kInt4Group, args.matrix.cols - first),
                                       x.inputs + i * kInt4Group, x.scales + i, x.corrections + i);
@@ -109,37 +109,35 @@ inline FewInputs QuantizeFew(const LinearArgs& args, std::int64_t first_row, std
   return x;
 }
 
+// At most kFewRows rows.
 inline void LinearFew(Team& team, const LinearArgs& args) {
   const PackedMatrix& matrix = args.matrix;
   const std::int64_t scale_bytes = ScaleBytes(matrix.kind, matrix.cols);
   const std::int64_t block_bytes = scale_bytes + PaddedCols(matrix.cols) * kBlock / 2;
   const std::int64_t num_blocks = NumBlocks(matrix.rows);
-  const std::int64_t num_strips = (num_blocks + kFewBlocks - 1) / kFewBlocks;
-  const std::size_t bytes =
-      static_cast<std::size_t>(kFewRows * NumGroups(matrix.kind, matrix.cols) * (8 + kInt4Group));
-  std::int64_t prepared = -1;  // the chunk of rows that this thread's scratch holds
+  const std::int64_t input_bytes =
+      args.num_rows * NumGroups(matrix.kind, matrix.cols) * (8 + kInt4Group);
+  bool is_quantized = false;  // what this thread's scratch holds
   FewInputs x{};
-  team.For((args.num_rows + kFewRows - 1) / kFewRows * num_strips, [&](std::int64_t i) {
-    const std::int64_t first_row = i / num_strips * kFewRows;
-    const std::int64_t first_block = i % num_strips * kFewBlocks;
-    const std::int64_t task_rows = LeastOf(kFewRows, args.num_rows - first_row);
+  team.For((num_blocks + kFewBlocks - 1) / kFewBlocks, [&](std::int64_t strip) {
+    const std::int64_t first_block = strip * kFewBlocks;
     const std::int64_t task_blocks = LeastOf(kFewBlocks, num_blocks - first_block);
-    if (first_row != prepared) {
-      x = QuantizeFew(args, first_row, task_rows, team.Scratch(bytes));
-      prepared = first_row;
+    if (!is_quantized) {
+      x = QuantizeFew(args, team.Scratch(static_cast<std::size_t>(input_bytes)));
+      is_quantized = true;
     }
     const std::uint8_t* blocks[kFewBlocks];
     for (std::int64_t block = 0; block < kFewBlocks; ++block) {
       blocks[block] = matrix.data + (first_block + LeastOf(block, task_blocks - 1)) * block_bytes;
     }
     alignas(64) float totals[kFewRows * kFewBlocks * kBlock];
-    std::memset(totals, 0, static_cast<std::size_t>(task_rows * kFewBlocks * kBlock) * 4);
-    for (std::int64_t row = 0; row < task_rows; row += kFewTile) {
-      AddGroupsOfRows<kFewTile>(LeastOf(kFewTile, task_rows - row), x, row, blocks, task_blocks,
+    std::memset(totals, 0, static_cast<std::size_t>(args.num_rows * kFewBlocks * kBlock) * 4);
+    for (std::int64_t row = 0; row < args.num_rows; row += kFewTile) {
+      AddGroupsOfRows<kFewTile>(LeastOf(kFewTile, args.num_rows - row), x, row, blocks, task_blocks,
                                 scale_bytes, kFewBlocks * block_bytes,
                                 totals + row * kFewBlocks * kBlock);
     }
-    FinishTotals(args, first_row, task_rows, first_block, task_blocks, totals, kFewBlocks * kBlock);
+    FinishTotals(args, 0, args.num_rows, first_block, task_blocks, totals, kFewBlocks * kBlock);
   });
 }
 

@@ -6,7 +6,7 @@
 // is exact. How many levels inputs have, and whether a group's weights lose their last bit, is the
 // instruction set's: see dot_avx2.inl.h. A task takes a chunk of rows and a few blocks: a panel of
 // a block, expanded to operands, stays in L1 while the tiles of rows pass over it, the chunk's
-// inputs of the panel stay in L2.
+// inputs of the panel and its totals in an L2 of 512 KiB.
 
 constexpr std::int64_t kQuantizedRows = 16;  // rows of a task that quantises
 constexpr std::int64_t kDotBlocks = 8;       // blocks of a task on many rows; even

@@ -120,7 +120,8 @@ def halve_large_groups(q: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         -258.
     """
     grouped = _grouped(q.int(), GROUPS["int8"])
-    fours = grouped.unflatten(-1, (-1, 2, 2, 2))  # eight neighbours: [line][half of it][input]
+    # Eight neighbours: [line][half of it][input].
+    fours = grouped.view(*grouped.shape[:2], -1, 2, 2, 2)
     sums = torch.stack([part.sum((-3, -1)) for part in (fours.clamp(min=0), -fours.clamp(max=0))])
     halves = (sums.amax((0, -2, -1)) > LARGEST_SUM_OF_FOUR).unsqueeze(-1)
     grouped = torch.where(halves, (grouped / 2).round().int(), grouped)
@@ -164,7 +165,8 @@ def fake_quantized_linear(
         weight: (out_features, cols), finite; not quantised yet.
         bias: (out_features,) or None.
         kind: how the weight is stored.
-        exact_activations: whether x is used as it is; else it is quantised too.
+        exact_activations: whether x is used as it is, as in decode steps with int8; else it is
+            quantised too.
         seven_bits: whether int8 is multiplied with quantised inputs as AVX2 does.
         upcast: whether the same operands are multiplied in float64: the truth of tests.
 

@@ -6,6 +6,8 @@ import torch
 
 from ovfast import reference
 from ovfast.models.rope import rope_table
+from ovfast.quantize import dequantize, fake_quantized_linear, quantize
+from ovfast.storage import GROUPS
 
 native = pytest.importorskip("ovfast._C", reason="the native extension is not built")
 
@@ -21,8 +23,8 @@ def randn(*shape, seed=0, scale=1.0):
 class Model:
     """Random parameters, the native decoder over them, and the same step in torch."""
 
-    def __init__(self, threads=2):
-        self.pool = native.ThreadPool(threads)
+    def __init__(self, threads=2, storage="float32"):
+        self.pool, self.storage = native.ThreadPool(threads), storage
         self.embedding, self.head = randn(VOCAB, HIDDEN), randn(VOCAB, HIDDEN, seed=1)
         self.norm = randn(HIDDEN, seed=2)
         cpu = torch.device("cpu")
@@ -41,7 +43,7 @@ class Model:
         }
 
     def pack(self, *weights, interleaved=False):
-        return native.pack(self.pool, "float32", [w.numpy() for w in weights], interleaved)
+        return native.pack(self.pool, self.storage, [w.numpy() for w in weights], interleaved)
 
     def arguments(self):
         return {
@@ -70,26 +72,40 @@ class Model:
             decoder.add_layer(**self.layer_arguments(index))
         return decoder
 
+    def linear(self, x, weight):
+        """x @ weightᵀ in the dtype of x."""
+        if self.storage == "float32":
+            return x @ weight.to(x.dtype).t()
+        upcast, exact = x.dtype == torch.float64, self.storage == "int8"
+        return fake_quantized_linear(
+            x, weight, None, self.storage, exact_activations=exact, upcast=upcast
+        )
+
+    def embed(self, token):
+        if self.storage == "float32":
+            return self.embedding[token : token + 1]
+        q, scales, factors = quantize(self.embedding, self.storage)
+        return (dequantize(q, scales, GROUPS[self.storage]) * factors)[token : token + 1]
+
     def expected(self, tokens, slots, positions, k_cache, v_cache, dtype):
         """Logits (rows, VOCAB), row by row, in a dtype; the caches are extended."""
         k_cache, v_cache = k_cache.to(dtype), v_cache.to(dtype)
         rows = []
         for token, slot, position in zip(tokens, slots, positions, strict=True):
-            x = self.embedding[token : token + 1].to(dtype)
+            x = self.embed(token).to(dtype)
             cos, sin = (table[position : position + 1].to(dtype) for table in self.tables)
             for index, layer in enumerate(self.layers):
-                part = {name: value.to(dtype) for name, value in layer.items()}
-                normed = rms_norm(x, part["input_norm"])
-                qkv = reference.linear(normed, part["qkv"], part["qkv_bias"])
+                normed = rms_norm(x, layer["input_norm"].to(dtype))
+                qkv = self.linear(normed, layer["qkv"]) + layer["qkv_bias"].to(dtype)
                 keys, values = k_cache[index, slot], v_cache[index, slot]
                 q = reference.rope_and_store(qkv, cos, sin, keys, values, position, HEADS, KV_HEADS)
                 stop = position + 1
                 attended = reference.decode_attention(q, keys[:, :stop], values[:, :stop])
-                x = x + attended @ part["o"].t()
-                normed = rms_norm(x, part["post_norm"])
-                gate, up = (normed @ part["gate_up"].t()).chunk(2, dim=-1)
-                x = x + (torch.nn.functional.silu(gate) * up) @ part["down"].t()
-            rows.append(rms_norm(x, self.norm.to(dtype)) @ self.head.to(dtype).t())
+                x = x + self.linear(attended, layer["o"])
+                normed = rms_norm(x, layer["post_norm"].to(dtype))
+                gate, up = self.linear(normed, layer["gate_up"]).chunk(2, dim=-1)
+                x = x + self.linear(torch.nn.functional.silu(gate) * up, layer["down"])
+            rows.append(self.linear(rms_norm(x, self.norm.to(dtype)), self.head))
         return torch.cat(rows)
 
 
@@ -120,9 +136,10 @@ def step(decoder, tokens, slots, positions, k_cache, v_cache, forbidden=None):
     return torch.from_numpy(logits), greedy.tolist()
 
 
+@pytest.mark.parametrize("storage", ["float32", "int8"])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_step_is_that_of_plain_torch(isa, threads):
-    model = Model(threads)
+def test_a_step_is_that_of_plain_torch(isa, threads, storage):
+    model = Model(threads, storage)
     k_cache, v_cache = caches()
     rows = [7, 99, 0, 7], [4, 0, 2, 1], [0, 299, 41, 256]
     truth = model.expected(*rows, k_cache.clone(), v_cache.clone(), torch.float64)
@@ -138,6 +155,15 @@ def test_a_step_is_that_of_plain_torch(isa, threads):
     before, _ = caches()
     changed = (k_cache != before).any(dim=-1).any(dim=2).any(dim=0)
     assert changed.nonzero().tolist() == sorted(map(list, zip(rows[1], rows[2], strict=True)))
+
+
+def test_a_step_with_int4_is_that_of_plain_torch(isa):
+    # Inputs are quantised: one that rounds the other way moves a sum by 1/254 of its largest.
+    model, (k_cache, v_cache) = Model(storage="int4"), caches()
+    rows = [7, 99, 0, 7], [4, 0, 2, 1], [0, 299, 41, 256]
+    truth = model.expected(*rows, k_cache.clone(), v_cache.clone(), torch.float64)
+    logits, _ = step(model.decoder(), *rows, k_cache, v_cache)
+    assert rms(logits - truth) <= 0.01 * rms(truth)
 
 
 def test_positions_behind_are_not_read(isa):

@@ -129,9 +129,11 @@ def test_extreme_integers_do_not_saturate(isa: str, kind: QuantizedKind, sign: f
     weight[1] *= -1
     weight[2, 1::2] = top * sign if kind == "int8" else 7 * sign
     weight[3, 2::3] = 0
-    # The most that seven bits of inputs allow, and one more.
-    weight[4:6], weight[4:6, ::8], weight[4:6, 1::8], weight[4:6, 4::8] = 0, top, top, 4 * top / 127
-    weight[5, 4::8] = 5 * top / 127
+    # The most that seven bits of inputs allow, and one more; the other sign does not count.
+    weight[4:6] = 0
+    weight[4:6, ::8], weight[4:6, 1::8], weight[4:6, 5::8] = top, top, -50 * top / 127
+    weight[4, 4::8], weight[5, 4::8] = 4 * top / 127, 5 * top / 127
+    weight[4:6] *= sign
     packed = pack(kind, weight)
     for exact in (False, True) if kind == "int8" else (False,):
         expected = reference(x, weight, kind, exact=exact, upcast=True)
@@ -142,9 +144,11 @@ def test_extreme_integers_do_not_saturate(isa: str, kind: QuantizedKind, sign: f
 
 @pytest.mark.parametrize(("kind", "exact"), MODES)
 def test_bits_do_not_depend_on_rows_and_threads(isa: str, kind: QuantizedKind, exact: bool) -> None:
-    x, packed = gaussian(203, 176), pack(kind, gaussian(70, 176, seed=1))
+    # 403 rows: two chunks, of 204 and 199.
+    x, packed = gaussian(403, 176), pack(kind, gaussian(70, 176, seed=1))
     whole = run(x, packed, exact=exact)
-    for first, count in ((0, 1), (7, 2), (50, 3), (9, 4), (100, 5), (30, 16), (2, 31), (0, 101)):
+    parts = ((0, 1), (7, 2), (50, 3), (9, 4), (100, 5), (30, 16), (2, 31), (0, 101), (150, 240))
+    for first, count in parts:
         part = x[first : first + count]
         for num_threads in (1, 2, 3):
             out = run(part, packed, exact=exact, num_threads=num_threads)
@@ -223,18 +227,27 @@ def test_zero_rows_and_single_ones(isa: str, kind: QuantizedKind, exact: bool) -
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows", [9, 21])  # a few, and many
+@pytest.mark.parametrize(("kind", "exact"), MODES)
+@pytest.mark.parametrize("rows", [9, 21])  # of int4 a few, and many
 def test_a_row_that_is_not_finite_spoils_no_other(
-    isa: str, kind: QuantizedKind, bad: float, rows: int
+    isa: str, rows: int, kind: QuantizedKind, exact: bool, bad: float
 ) -> None:
     x, packed = gaussian(rows, 176), pack(kind, gaussian(41, 176, seed=1))
-    clean = run(x, packed, exact=False)
+    clean = run(x, packed, exact=exact)
     x[4, 150] = bad
-    out = run(x, packed, exact=False)
-    assert torch.isnan(out[4]).all()
+    out = run(x, packed, exact=exact)
+    if exact:  # inf times its own weight
+        assert not torch.isfinite(out[4]).any()
+    else:
+        assert torch.isnan(out[4]).all()
     keep = [row for row in range(rows) if row != 4]
     assert torch.equal(out[keep], clean[keep])
+
+
+@pytest.mark.parametrize("rows", [3, 17])
+def test_inputs_of_int4_are_always_quantised(isa: str, rows: int) -> None:
+    x, packed = gaussian(rows, 80), pack("int4", gaussian(41, 80, seed=1))
+    assert torch.equal(run(x, packed, exact=True), run(x, packed, exact=False))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -249,8 +262,5 @@ def test_errors(kind: QuantizedKind) -> None:
         native.PackedWeights(kind, 41, 112, packed.bytes())
     with pytest.raises(TypeError, match="incompatible function arguments"):
         native.linear(pool, x.numpy(), packed, None, "none", False, out.numpy(), "yes")
-    assert torch.equal(
-        run(x, pack("int4", x), exact=True), run(x, pack("int4", x), exact=False)
-    )  # int4 knows no other
     again = native.PackedWeights(kind, 41, 80, packed.bytes())
     assert torch.equal(run(x, again, exact=False), run(x, packed, exact=False))

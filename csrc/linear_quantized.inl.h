@@ -8,9 +8,10 @@
 // a block, expanded to operands, stays in L1 while the tiles of rows pass over it, the chunk's
 // inputs of the panel and its totals in an L2 of 512 KiB.
 
-constexpr std::int64_t kQuantizedRows = 16;  // rows of a task that quantises
-constexpr std::int64_t kDotBlocks = 8;       // blocks of a task on many rows; even
-constexpr std::int64_t kDotRows = 384;       // rows of a task on many rows
+constexpr std::int64_t kQuantizedRows = 16;               // rows of a task that quantises
+constexpr std::int64_t kDotBlocks = 8;                    // blocks of a task on many rows; even
+constexpr std::int64_t kDotRows = 384;                    // rows of a task on many rows
+constexpr std::int64_t kDotStride = kDotBlocks * kBlock;  // from a row of totals to the next
 
 template <WeightKind kKind>
 constexpr std::int64_t kGroupOf = kKind == WeightKind::kInt8 ? kInt8Group : kInt4Group;
@@ -107,14 +108,14 @@ inline void ExpandWeights(const std::uint8_t* block, std::int64_t scale_bytes, s
 // Adds a panel to the totals (row-major, 16 columns a block) of a tile of rows from first_row on.
 template <WeightKind kKind, int kRows, int kBlocks>
 OVFAST_NOINLINE void AddPanel(const QuantizedRows<kKind>& x, std::int64_t first_row, std::int64_t k,
-                              std::int64_t num_k, const Panel<kKind>* panels, float* totals,
-                              std::int64_t totals_stride) {
+                              std::int64_t num_k, const Panel<kKind>* panels, float* totals) {
   using Input = typename Dot<kKind>::Input;
   constexpr std::int64_t kGroup = kGroupOf<kKind>, kRowStride = kGroup * kPanelGroups<kKind>;
   constexpr int kStep = Dot<kKind>::kStep;
   for (std::int64_t i = 0; i * kGroup < num_k; ++i) {
     const std::int64_t index = IndexOf<kKind>(k / kGroup + i, first_row, x.num_rows);
     const Input* const inputs = x.inputs + index * kGroup;
+    const float* const scales = x.scales + index;
     const std::int64_t num_operands =
         LeastOf(kGroup, num_k - i * kGroup) * static_cast<std::int64_t>(sizeof(Input)) / 4;
     const std::uint8_t* const operands = panels->operands + i * kGroupOperands<kKind> * kLineBytes;
@@ -148,15 +149,19 @@ OVFAST_NOINLINE void AddPanel(const QuantizedRows<kKind>& x, std::int64_t first_
         }
       }
     }
+    Vec weight_scales[kBlocks];
+#pragma GCC unroll 4
+    for (int block = 0; block < kBlocks; ++block) {
+      weight_scales[block] = Load(panels[block].scales + i * kBlock);
+    }
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
+      const Vec input_scale = Set(scales[row * kPanelGroups<kKind>]);
 #pragma GCC unroll 4
       for (int block = 0; block < kBlocks; ++block) {
         const VecI dot = Dot<kKind>::End(sums[row][block]);
-        const Vec scale = Mul(Set(x.scales[index + row * kPanelGroups<kKind>]),
-                              Load(panels[block].scales + i * kBlock));
-        float* const total = totals + row * totals_stride + block * kBlock;
-        Store(total, Fma(scale, ToFloat(dot), Load(total)));
+        float* const total = totals + row * kDotStride + block * kBlock;
+        Store(total, Fma(Mul(input_scale, weight_scales[block]), ToFloat(dot), Load(total)));
       }
     }
     // Else the compiler would carry the totals to the next group in a second copy.
@@ -168,14 +173,13 @@ OVFAST_NOINLINE void AddPanel(const QuantizedRows<kKind>& x, std::int64_t first_
 template <WeightKind kKind, int kRows>
 inline void AddPanelRows(std::int64_t num_rows, const QuantizedRows<kKind>& x,
                          std::int64_t first_row, std::int64_t k, std::int64_t num_k,
-                         const Panel<kKind>* panels, float* totals, std::int64_t totals_stride) {
+                         const Panel<kKind>* panels, float* totals) {
   if constexpr (kRows > 1) {
     if (num_rows < kRows) {
-      return AddPanelRows<kKind, kRows - 1>(num_rows, x, first_row, k, num_k, panels, totals,
-                                            totals_stride);
+      return AddPanelRows<kKind, kRows - 1>(num_rows, x, first_row, k, num_k, panels, totals);
     }
   }
-  AddPanel<kKind, kRows, kTileBlocks>(x, first_row, k, num_k, panels, totals, totals_stride);
+  AddPanel<kKind, kRows, kTileBlocks>(x, first_row, k, num_k, panels, totals);
 }
 
 // All inputs for some rows and blocks, into zeroed totals.
@@ -191,7 +195,6 @@ inline void AddDots(const LinearArgs& args, const QuantizedRows<kKind>& x, std::
       scale_bytes + padded * kBlock / (kKind == WeightKind::kInt8 ? 1 : 2);
   const std::int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
   const std::int64_t low_rows = num_rows / num_tiles, num_high = num_rows % num_tiles;
-  const std::int64_t totals_stride = kDotBlocks * kBlock;
   Panel<kKind> panels[kTileBlocks];
   for (std::int64_t k = 0; k < padded; k += kPanelInputs) {
     const std::int64_t num_k = LeastOf(kPanelInputs, padded - k);
@@ -204,8 +207,7 @@ inline void AddDots(const LinearArgs& args, const QuantizedRows<kKind>& x, std::
       for (std::int64_t tile = 0, row = 0; tile < num_tiles; ++tile) {
         const std::int64_t tile_rows = low_rows + (tile < num_high ? 1 : 0);
         AddPanelRows<kKind, kTileRows>(tile_rows, x, first_row + row, k, num_k, panels,
-                                       totals + row * totals_stride + block * kBlock,
-                                       totals_stride);
+                                       totals + row * kDotStride + block * kBlock);
         row += tile_rows;
       }
     }

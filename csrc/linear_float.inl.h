@@ -62,10 +62,14 @@ OVFAST_INLINE void AddInput(const float* x, std::int64_t x_stride, const Vec (&w
 // The sums of a panel of num_k inputs for a tile of rows and blocks become the totals (row-major,
 // 16 columns a block), or are added to them. Meanwhile memory from `ahead` on comes to L2,
 // ahead_step bytes an input: a few at a time, because many at once hold up the loads behind them.
-template <WeightKind kKind, int kRows, int kBlocks, bool kPrefetches>
+// kXStride: that of x, or 0 and x_stride tells; each row's address then takes a register of its
+// own.
+template <WeightKind kKind, int kRows, int kBlocks, bool kPrefetches, std::int64_t kXStride,
+          std::int64_t kTotalsStride>
 inline void SumPanel(const float* x, std::int64_t x_stride, const std::uint8_t* const* blocks,
                      std::int64_t num_k, const std::uint8_t* ahead, std::int64_t ahead_step,
-                     bool adds, float* totals, std::int64_t totals_stride) {
+                     bool adds, float* totals) {
+  if (kXStride != 0) x_stride = kXStride;
   const std::uint8_t* from[kBlocks];
 #pragma GCC unroll 4
   for (int block = 0; block < kBlocks; ++block) from[block] = blocks[block];
@@ -107,7 +111,7 @@ inline void SumPanel(const float* x, std::int64_t x_stride, const std::uint8_t* 
     }
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
-      float* const total = totals + row * totals_stride;
+      float* const total = totals + row * kTotalsStride;
 #pragma GCC unroll 4
       for (int block = 0; block < kBlocks; ++block) {
         const Vec sum = sums[row][block];
@@ -155,10 +159,9 @@ inline void StreamBlocks(const LinearArgs& args, std::int64_t first_block) {
         const std::int64_t index = first_block + LeastOf(block + i, num_blocks - 1);
         blocks[i] = matrix.data + index * block_bytes + k * kBlock * kWeightBytes<kKind>;
       }
-      SumPanel<kKind, kRows, kSide, kSide == kTileBlocks>(
+      SumPanel<kKind, kRows, kSide, kSide == kTileBlocks, 0, kStreamBlocks * kBlock>(
           args.x + k, args.x_stride, blocks, LeastOf(kPanel, matrix.cols - k),
-          blocks[0] + kAheadBytes, kBlock * kWeightBytes<kKind>, k > 0, totals + block * kBlock,
-          kStreamBlocks * kBlock);
+          blocks[0] + kAheadBytes, kBlock * kWeightBytes<kKind>, k > 0, totals + block * kBlock);
     }
   }
   FinishTotals(args, 0, kRows, first_block, num_blocks, totals, kStreamBlocks * kBlock);
@@ -174,20 +177,21 @@ inline void StreamRows(Team& team, const LinearArgs& args) {
            [&](std::int64_t i) { StreamBlocks<kKind, kRows>(args, i * kStreamBlocks); });
 }
 
+constexpr std::int64_t kCopyStride = kPanel + 16;  // another set of L1 for each row
+constexpr std::int64_t kTotalsStride = kMostBlocks * kBlock;
+
 // SumPanel on panels in float32, for a number of rows known at run time.
 template <int kRows>
-inline void SumTile(std::int64_t num_rows, const float* x, std::int64_t x_stride,
-                    const std::uint8_t* const* blocks, std::int64_t num_k,
-                    const std::uint8_t* ahead, std::int64_t ahead_step, bool adds, float* totals,
-                    std::int64_t totals_stride) {
+inline void SumTile(std::int64_t num_rows, const float* inputs, const std::uint8_t* const* blocks,
+                    std::int64_t num_k, const std::uint8_t* ahead, std::int64_t ahead_step,
+                    bool adds, float* totals) {
   if constexpr (kRows > 1) {
     if (num_rows < kRows) {
-      return SumTile<kRows - 1>(num_rows, x, x_stride, blocks, num_k, ahead, ahead_step, adds,
-                                totals, totals_stride);
+      return SumTile<kRows - 1>(num_rows, inputs, blocks, num_k, ahead, ahead_step, adds, totals);
     }
   }
-  SumPanel<WeightKind::kFloat32, kRows, kTileBlocks, true>(x, x_stride, blocks, num_k, ahead,
-                                                           ahead_step, adds, totals, totals_stride);
+  SumPanel<WeightKind::kFloat32, kRows, kTileBlocks, true, kCopyStride, kTotalsStride>(
+      inputs, kCopyStride, blocks, num_k, ahead, ahead_step, adds, totals);
 }
 
 // The panel of num_k inputs of a block to float32.
@@ -204,15 +208,12 @@ inline void ExpandPanel(const std::uint8_t* block, std::int64_t num_k, float* pa
   }
 }
 
-constexpr std::int64_t kInputsStride = kPanel + 16;  // another set of L1 for each row
-constexpr std::int64_t kTotalsStride = kMostBlocks * kBlock;
-
 // A task on many rows.
 struct RowChunk {
   std::int64_t first_row, num_rows;
   std::int64_t first_block, num_blocks;
   float* panels;  // (kTileBlocks, kPanel, 16), scratch
-  float* inputs;  // (num_rows, kInputsStride), scratch
+  float* inputs;  // (num_rows, kCopyStride), scratch
   float* totals;  // (num_rows, kTotalsStride), scratch
 };
 
@@ -222,7 +223,7 @@ inline void CopyInputs(const float* x, std::int64_t x_stride, std::int64_t num_r
                        std::int64_t num_k, float* inputs) {
   for (std::int64_t row = 0; row < num_rows; ++row) {
     const float* const from = x + row * x_stride;
-    float* const to = inputs + row * kInputsStride;
+    float* const to = inputs + row * kCopyStride;
     std::int64_t k = 0;
     for (; k + kLanes <= num_k; k += kLanes) Store(to + k, Load(from + k));
     if (k < num_k) Store(to + k, LoadPart(from + k, static_cast<int>(num_k - k)));
@@ -266,9 +267,9 @@ inline void SumTiles(const LinearArgs& args, const RowChunk& chunk, std::int64_t
     const std::int64_t num_rows = low_rows + (tile < num_high ? 1 : 0);
     if (is_last) PrefetchOutputs(args, chunk, row, num_rows, block);
     float* const totals = chunk.totals + row * kTotalsStride;
-    SumTile<kTileRows>(num_rows, chunk.inputs + row * kInputsStride, kInputsStride, blocks, num_k,
+    SumTile<kTileRows>(num_rows, chunk.inputs + row * kCopyStride, blocks, num_k,
                        ahead + tile * num_k * ahead_step, ahead_step, k > 0,
-                       totals + block * kBlock, kTotalsStride);
+                       totals + block * kBlock);
     if (is_last) FinishTile(args, chunk, row, num_rows, block);
     row += num_rows;
   }
@@ -324,7 +325,7 @@ inline void LinearOfKind(Team& team, const LinearArgs& args) {
     chunk.first_block = i / num_chunks * group;
     chunk.num_blocks = LeastOf(group, num_blocks - chunk.first_block);
     constexpr std::int64_t kPanelFloats = kTileBlocks * kPanel * kBlock;
-    const std::int64_t input_floats = chunk_rows * kInputsStride;
+    const std::int64_t input_floats = chunk_rows * kCopyStride;
     const std::int64_t floats = kPanelFloats + input_floats + chunk_rows * kTotalsStride;
     chunk.panels =
         static_cast<float*>(team.Scratch(static_cast<std::size_t>(floats) * sizeof(float)));

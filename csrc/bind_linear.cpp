@@ -229,7 +229,7 @@ std::shared_ptr<PackedWeights> FromBuffer(const std::string& kind_name, std::int
 
 void Linear(ThreadPool& pool, const py::object& x_object, const PackedWeights& weights,
             const py::object& bias_object, const std::string& activation_name, bool accumulates,
-            const py::object& out_object, bool exact_activations) {
+            const py::object& out_object, bool wide_inputs) {
   const PackedMatrix& matrix = weights.matrix;
   const Activation activation = ActivationOf(activation_name);
   const py::array x = CheckArray(x_object, "x", "float32", {kAny, matrix.cols}, 1);
@@ -255,7 +255,7 @@ void Linear(ThreadPool& pool, const py::object& x_object, const PackedWeights& w
   args.bias = bias_object.is_none() ? nullptr : Data<float>(bias);
   args.activation = activation;
   args.accumulates = accumulates;
-  args.exact_activations = exact_activations;
+  args.wide_inputs = wide_inputs;
   args.out = MutableData<float>(out);
   args.out_stride = StrideOf<float>(out, 0);
   args.out_cols = out.shape(1);
@@ -324,7 +324,7 @@ Raises:
     ValueError: an unknown kind, or sources that do not fit together.)doc");
   m.def("linear", &Linear, py::arg("pool"), py::arg("x"), py::arg("weights"), py::arg("bias"),
         py::arg("activation"), py::arg("accumulates"), py::arg("out"),
-        py::arg("exact_activations") = false,
+        py::arg("wide_inputs") = false,
         R"doc(out = activation(x @ weightsᵀ + bias), in float32.
 
 Args:
@@ -336,8 +336,8 @@ Args:
     accumulates: whether the result is added to what out holds.
     out: (num_rows, rows) float32, rows at any stride; for 'silu_mul' (num_rows, half of the rows or
         fewer).
-    exact_activations: of int8 alone: whether x stays float32 instead of being quantised in groups.
-        With int4 x is always quantised, with others never.
+    wide_inputs: of int8 alone: whether x is quantised to 16 bits instead of 8, in groups. With
+        int4 x is always quantised to 8, with others never.
 
 Raises:
     TypeError: an argument of the wrong type or dtype.

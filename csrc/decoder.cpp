@@ -52,7 +52,7 @@ void Norm(Team& team, const float* x, const float* weight, const DecoderModel& m
   Kernels().rms_norm(team, args);
 }
 
-// out = matrix · x, or out += the same; activations stay float32, but for int4.
+// out = matrix · x, or out += the same; int8 has inputs of 16 bits.
 void Project(Team& team, const PackedMatrix& matrix, const float* x, std::int64_t x_stride,
              std::int64_t rows, const float* bias, Activation activation, bool accumulates,
              float* out, std::int64_t out_cols) {
@@ -64,7 +64,7 @@ void Project(Team& team, const PackedMatrix& matrix, const float* x, std::int64_
   args.bias = bias;
   args.activation = activation;
   args.accumulates = accumulates;
-  args.exact_activations = true;
+  args.wide_inputs = true;
   args.out = out;
   args.out_stride = args.out_cols = out_cols;
   RunLinear(team, args);

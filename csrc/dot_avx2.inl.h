@@ -29,6 +29,14 @@ OVFAST_INLINE __m256i Pinned(__m256i sums) {
 }
 OVFAST_INLINE VecI Pinned(VecI sums) { return {Pinned(sums.lo), Pinned(sums.hi)}; }
 
+OVFAST_INLINE void WidenBytes(VecI bytes, VecI* even, VecI* odd) {
+  even->lo = _mm256_srai_epi16(_mm256_slli_epi16(bytes.lo, 8), 8);
+  even->hi = _mm256_srai_epi16(_mm256_slli_epi16(bytes.hi, 8), 8);
+  odd->lo = _mm256_srai_epi16(bytes.lo, 8);
+  odd->hi = _mm256_srai_epi16(bytes.hi, 8);
+}
+OVFAST_INLINE VecI AddWords(VecI sums, VecI a, VecI b) { return DotPairs(a, b, sums); }
+
 template <WeightKind kKind>
 struct Dot;
 

@@ -15,5 +15,20 @@ OVFAST_INLINE VecI AddBytes(VecI sums, VecI a, VecI b) {
 OVFAST_INLINE void StoreSigned(std::int8_t* to, VecI a) {
   for (int i = 0; i < kLanes; ++i) to[i] = static_cast<std::int8_t>(a.v[i]);
 }
+OVFAST_INLINE void WidenBytes(VecI bytes, VecI* even, VecI* odd) {
+  const auto widened = [](std::uint32_t word) {
+    const auto low = static_cast<std::int16_t>(static_cast<std::int8_t>(word & 0xffu));
+    return static_cast<std::uint32_t>(static_cast<std::uint16_t>(low));
+  };
+  *even = EachI([&](int i) {
+    const std::uint32_t bits = Bits(bytes.v[i]);
+    return Wrap(widened(bits) | widened(bits >> 16) << 16);
+  });
+  *odd = EachI([&](int i) {
+    const std::uint32_t bits = Bits(bytes.v[i]);
+    return Wrap(widened(bits >> 8) | widened(bits >> 24) << 16);
+  });
+}
+OVFAST_INLINE VecI AddWords(VecI sums, VecI a, VecI b) { return DotPairs(a, b, sums); }
 
 #include "dot_bytes.inl.h"

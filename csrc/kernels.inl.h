@@ -4,7 +4,6 @@
 #include "vec_math.inl.h"
 #include "epilogue.inl.h"
 #include "linear_float.inl.h"
-#include "linear_exact.inl.h"
 #include "linear_quantized.inl.h"
 #include "linear_few.inl.h"
 #include "argmax.inl.h"

@@ -98,8 +98,8 @@ struct LinearArgs {
   const float* bias;        // (matrix.rows,) in the matrix's own order of rows, or null
   Activation activation;    // after the bias
   bool accumulates;         // whether the result is added to `out`
-  bool exact_activations;   // int8 alone: x stays float32 (decode), else it is quantised in the
-                            // groups of the weights (prefill, tower); for int4 it always is
+  bool wide_inputs;         // int8 alone: x is quantised to 16 bits (decode), else to 8 (prefill,
+                            // tower), as for int4 always; in the groups of the weights
   float* out;               // (num_rows, out_cols); does not overlap x
   std::int64_t out_stride;  // floats from a row of out to the next
   std::int64_t out_cols;    // matrix.rows; for kSiluMul at most half of it, the rest is padding

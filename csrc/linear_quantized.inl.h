@@ -47,17 +47,16 @@ OVFAST_INLINE Vec LoadUpTo(const float* x, std::int64_t count) {
 }
 
 // Quantises a group of `count` inputs, times their factors, to (kGroupOf,) integers.
-template <WeightKind kKind>
+template <WeightKind kKind, typename Format>
 inline void QuantizeInputs(const float* x, const float* factors, std::int64_t count,
-                           typename Dot<kKind>::Input* inputs, float* scale,
-                           std::int32_t* correction) {
+                           typename Format::Input* inputs, float* scale, std::int32_t* correction) {
   Vec most = Zero(), poison = Zero();
   for (std::int64_t k = 0; k < count; k += kLanes) {
     const Vec values = Mul(LoadUpTo(x + k, count - k), Load(factors + k));
     most = Max(most, Max(values, Sub(Zero(), values)));
     poison = Fma(values, Zero(), poison);  // NaN from inf and NaN: outputs are NaN, not wrong
   }
-  constexpr float kMost = Dot<kKind>::kMostInput;
+  constexpr float kMost = Format::kMostInput;
   *scale = MaxOf(most) / kMost + Sum(poison);
   // A scale may be 0 where inputs are not: they are as good as 0.
   const Vec divisor = Set(*scale == 0.0f ? 1.0f : *scale);
@@ -68,12 +67,12 @@ inline void QuantizeInputs(const float* x, const float* factors, std::int64_t co
     // Beyond ±kMost only where the scale is subnormal; the second operand wins where one is NaN.
     const Vec quotient = Max(Div(values, divisor), Set(-kMost));
     const VecI q = RoundToInt(Min(quotient, Set(kMost)));
-    Dot<kKind>::Store16(inputs + k, q);
+    Format::Store16(inputs + k, q);
     sums = AddI(sums, q);
   }
   alignas(64) std::int32_t lanes[kLanes];
   StoreI(lanes, sums);
-  *correction = Dot<kKind>::Correction(lanes);
+  *correction = Format::Correction(lanes);
 }
 
 // Panel of weights of one block, expanded.
@@ -237,10 +236,10 @@ inline QuantizedRows<kKind> QuantizeAll(Team& team, const LinearArgs& args) {
       const std::int64_t first = group * kGroupOf<kKind>;
       for (std::int64_t row = i * kQuantizedRows; row < end; ++row) {
         const std::int64_t index = IndexOf<kKind>(group, row, args.num_rows);
-        QuantizeInputs<kKind>(args.x + row * args.x_stride + first, factors + first,
-                              LeastOf(kGroupOf<kKind>, cols - first),
-                              x.inputs + index * kGroupOf<kKind>, x.scales + index,
-                              x.corrections + index);
+        QuantizeInputs<kKind, Dot<kKind>>(args.x + row * args.x_stride + first, factors + first,
+                                          LeastOf(kGroupOf<kKind>, cols - first),
+                                          x.inputs + index * kGroupOf<kKind>, x.scales + index,
+                                          x.corrections + index);
       }
     }
   });

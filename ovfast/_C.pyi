@@ -108,7 +108,7 @@ def linear(
     activation: str,
     accumulates: bool,
     out: NDArray[np.float32],
-    exact_activations: bool = False,
+    wide_inputs: bool = False,
 ) -> None: ...
 def embed(
     pool: ThreadPool,

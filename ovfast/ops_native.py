@@ -130,7 +130,7 @@ class _Native:
         out: Tensor | None = None,
         *,
         columns: int | None = None,
-        exact_activations: bool = False,
+        wide_inputs: bool = False,
     ) -> Tensor:
         """One layer; `out` is added to, a new tensor is written."""
         weights = packed.weight
@@ -140,9 +140,7 @@ class _Native:
         bias = None if packed.bias is None else packed.bias.numpy()
         # A padded half of an MLP is wider than its weights: the rest is zero.
         x = x[:, : weights.cols]
-        self._linear(
-            x.numpy(), weights, bias, activation, accumulates, out.numpy(), exact_activations
-        )
+        self._linear(x.numpy(), weights, bias, activation, accumulates, out.numpy(), wide_inputs)
         return out
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
@@ -155,7 +153,7 @@ class _Native:
         return self._apply(x, packed, "silu_mul", columns=packed.weight.rows // 2)
 
     def head(self, x: Tensor, packed: PackedLinear) -> Tensor:
-        return self._apply(x, packed, exact_activations=True)
+        return self._apply(x, packed, wide_inputs=True)
 
     def fused_linear(
         self,

@@ -14,11 +14,13 @@ them is multiplied by it. (The scaling of SmoothQuant, Xiao et al. 2022, from th
 
 The scale is rounded first and q = weight / scale after it, to the nearest, halves to even. A group
 whose scale is 0 has q = 0. Inputs of a layer, times their factors, are quantised in the same groups
-to int8, with float32 scales: largest magnitude / 127.
+to 8 bits, with float32 scales: largest magnitude / 127. A decode step with int8 quantises them to
+16 bits (/ 32767), so that what they lose is a 256th of what the weights lost.
 
-AVX2 multiplies int8 with seven bits of each input (csrc/dot_avx2.inl.h): inputs are in [-63, 63],
-their scale is the largest magnitude / 63, and a group of weights in which a sum of four products
-might not fit 16 bits is halved, to the nearest, halves to even, and its scale doubled.
+AVX2 multiplies int8 of tower and prefill with seven bits of each input (csrc/dot_avx2.inl.h):
+inputs are in [-63, 63], their scale is the largest magnitude / 63, and a group of weights in which
+a sum of four products might not fit 16 bits is halved, to the nearest, halves to even, and its
+scale doubled.
 """
 
 from typing import Literal, NamedTuple
@@ -30,11 +32,11 @@ from torch import Tensor
 from ovfast.storage import GROUPS
 
 QuantizedKind = Literal["int8", "int4"]
+InputBits = Literal[16, 8, 7]
 
 LARGEST_INT8 = 127
 LOWEST_INT4, HIGHEST_INT4 = -8, 7
 LARGEST_EXPONENT = 30  # of a factor
-LARGEST_OF_SEVEN_BITS = 63
 LARGEST_SUM_OF_FOUR = 258  # weights of one sign, with inputs of seven bits
 
 
@@ -89,7 +91,7 @@ def quantize(weight: Tensor, kind: QuantizedKind) -> Quantized:
         largest = grouped.gather(-1, magnitude.argmax(-1, keepdim=True)).squeeze(-1)
         scales = (largest / LOWEST_INT4).bfloat16().float()
         lowest, highest = LOWEST_INT4, HIGHEST_INT4
-    q = _divided(grouped, scales, lowest, highest)
+    q = _divided(grouped, scales, lowest, highest).to(torch.int8)
     return Quantized(q.flatten(1)[:, : weight.shape[1]].contiguous(), scales, factors)
 
 
@@ -129,22 +131,23 @@ def halve_large_groups(q: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     return q, torch.where(halves.squeeze(-1), scales * 2, scales)
 
 
-def quantize_rows(x: Tensor, group: int, largest: int = LARGEST_INT8) -> tuple[Tensor, Tensor]:
-    """Quantises the inputs of a linear layer to int8.
+def quantize_rows(x: Tensor, group: int, bits: InputBits = 8) -> tuple[Tensor, Tensor]:
+    """Quantises the inputs of a linear layer.
 
     Args:
         x: (rows, cols) float32.
         group: inputs that share a scale.
-        largest: magnitude of q.
+        bits: of q, with its sign.
 
     Returns:
-        q (rows, cols) int8, and scales (rows, groups) float32; the scale of a group that holds inf
-        or NaN is NaN.
+        q (rows, cols) int8, or int16 where it has 16 bits, and scales (rows, groups) float32; the
+        scale of a group that holds inf or NaN is NaN.
     """
-    grouped = _grouped(x.float(), group)
+    grouped, largest = _grouped(x.float(), group), 2 ** (bits - 1) - 1
     # inf · 0 is NaN: the outputs of such a row are NaN instead of wrong.
     scales = grouped.abs().amax(-1) / largest + (grouped * 0).sum(-1)
     q = _divided(grouped, scales, -largest, largest)
+    q = q.to(torch.int16 if bits == 16 else torch.int8)
     return q.flatten(1)[:, : x.shape[1]].contiguous(), scales
 
 
@@ -154,8 +157,7 @@ def fake_quantized_linear(
     bias: Tensor | None,
     kind: QuantizedKind,
     *,
-    exact_activations: bool,
-    seven_bits: bool = False,
+    input_bits: InputBits = 8,
     upcast: bool = False,
 ) -> Tensor:
     """Computes the layer as the quantised one rounds its operands, by a float product.
@@ -165,9 +167,7 @@ def fake_quantized_linear(
         weight: (out_features, cols), finite; not quantised yet.
         bias: (out_features,) or None.
         kind: how the weight is stored.
-        exact_activations: whether x is used as it is, as in decode steps with int8; else it is
-            quantised too.
-        seven_bits: whether int8 is multiplied with quantised inputs as AVX2 does.
+        input_bits: of x; with 7, large groups of int8 weights are halved, as AVX2 does.
         upcast: whether the same operands are multiplied in float64: the truth of tests.
 
     Returns:
@@ -176,16 +176,11 @@ def fake_quantized_linear(
     dtype = torch.float64 if upcast else torch.float32
     group = GROUPS[kind]
     q, scales, factors = quantize(weight, kind)
-    seven_bits = seven_bits and kind == "int8" and not exact_activations
-    if seven_bits:
+    if input_bits == 7 and kind == "int8":
         q, scales = halve_large_groups(q, scales)
     operand = dequantize(q, scales.to(dtype), group)
-    x = x.float() * factors
-    if exact_activations:
-        x = x.to(dtype)
-    else:
-        q, scales = quantize_rows(x, group, LARGEST_OF_SEVEN_BITS if seven_bits else LARGEST_INT8)
-        x = dequantize(q, scales.to(dtype), group)
+    q, scales = quantize_rows(x.float() * factors, group, input_bits)
+    x = dequantize(q, scales.to(dtype), group)
     return F.linear(x, operand, None if bias is None else bias.to(dtype))
 
 
@@ -199,4 +194,4 @@ def _grouped(values: Tensor, group: int) -> Tensor:
 def _divided(grouped: Tensor, scales: Tensor, lowest: int, highest: int) -> Tensor:
     divisors = torch.where(scales == 0, 1.0, scales).unsqueeze(-1)
     q = (grouped / divisors).round().clamp(lowest, highest)
-    return torch.where(scales.unsqueeze(-1) == 0, 0.0, q).to(torch.int8)
+    return torch.where(scales.unsqueeze(-1) == 0, 0.0, q)

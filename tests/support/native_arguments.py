@@ -89,7 +89,7 @@ def linear(m: Maker) -> Arguments:
         "activation": activation,
         "accumulates": m.one_of(False, True),
         "out": m.floats(num_rows, rows),
-        "exact_activations": m.one_of(False, True),
+        "wide_inputs": m.one_of(False, True),
     }
 
 

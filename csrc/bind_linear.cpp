@@ -336,8 +336,8 @@ Args:
     accumulates: whether the result is added to what out holds.
     out: (num_rows, rows) float32, rows at any stride; for 'silu_mul' (num_rows, half of the rows or
         fewer).
-    wide_inputs: of int8 alone: whether x is quantised to 16 bits instead of 8, in groups. With
-        int4 x is always quantised to 8, with others never.
+    wide_inputs: of int8 alone: whether x is quantised to 16 bits instead of 8 (AVX2: 7), in
+        groups. With int4 x is always quantised to 8, with others never.
 
 Raises:
     TypeError: an argument of the wrong type or dtype.

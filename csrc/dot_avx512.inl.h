@@ -8,7 +8,6 @@ OVFAST_INLINE VecI AddBytes(VecI sums, VecI a, VecI b) {
 OVFAST_INLINE void StoreSigned(std::int8_t* to, VecI a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a.v));
 }
-// The even and the odd bytes of every lane, widened to 16 bits.
 OVFAST_INLINE void WidenBytes(VecI bytes, VecI* even, VecI* odd) {
   even->v = _mm512_srai_epi16(_mm512_slli_epi16(bytes.v, 8), 8);
   odd->v = _mm512_srai_epi16(bytes.v, 8);

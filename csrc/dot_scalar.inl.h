@@ -15,6 +15,7 @@ OVFAST_INLINE VecI AddBytes(VecI sums, VecI a, VecI b) {
 OVFAST_INLINE void StoreSigned(std::int8_t* to, VecI a) {
   for (int i = 0; i < kLanes; ++i) to[i] = static_cast<std::int8_t>(a.v[i]);
 }
+// The even and the odd bytes of every lane, signed, widened to 16 bits.
 OVFAST_INLINE void WidenBytes(VecI bytes, VecI* even, VecI* odd) {
   const auto widened = [](std::uint32_t word) {
     const auto low = static_cast<std::int16_t>(static_cast<std::int8_t>(word & 0xffu));
@@ -29,6 +30,7 @@ OVFAST_INLINE void WidenBytes(VecI bytes, VecI* even, VecI* odd) {
     return Wrap(widened(bits >> 8) | widened(bits >> 24) << 16);
   });
 }
+// Two signed 16-bit numbers of a times two of b in every lane, added; sums wrap.
 OVFAST_INLINE VecI AddWords(VecI sums, VecI a, VecI b) { return DotPairs(a, b, sums); }
 
 #include "dot_bytes.inl.h"

@@ -5,8 +5,9 @@
 // keep up with the memory where float32 ones do not, and what the inputs lose is a 256th of what
 // the weights lost. int4: inputs are quantised and sums added as there, to the bit.
 //
-// Four streams are read side by side, each of some blocks that follow one another: the processor's
-// own look-ahead needs streams that are long, and one alone does not keep the memory busy.
+// For one row four streams are read side by side, each of some blocks that follow one another: the
+// processor's own look-ahead needs streams that are long, and one alone does not keep the memory
+// busy. More rows leave fewer registers, and so fewer streams at a time.
 
 constexpr std::int64_t kFewRows = 16;          // of a task
 constexpr int kFewTile = 4;                    // rows side by side

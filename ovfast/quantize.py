@@ -99,7 +99,7 @@ def dequantize(q: Tensor, scales: Tensor, group: int) -> Tensor:
     """Computes scale · q in the dtype of the scales; the factors are left out.
 
     Args:
-        q: (rows, cols) int8.
+        q: (rows, cols) int8 or int16.
         scales: (rows, groups) float.
         group: inputs that share a scale.
 

@@ -121,16 +121,19 @@ def test_zero_and_vanishing_groups(kind: QuantizedKind) -> None:
     assert float(dequantize(q, scales, GROUPS[kind]).abs().max()) <= 1e-38
 
 
-def test_rows_of_zeros_subnormals_and_outliers() -> None:
+@pytest.mark.parametrize(("bits", "dtype"), [(8, torch.int8), (16, torch.int16)])
+def test_rows_of_zeros_subnormals_and_outliers(bits: InputBits, dtype: torch.dtype) -> None:
+    most = 2 ** (bits - 1) - 1
     x = gaussian(4, 41)
     x[0] = 0
     x[1] *= 1e-43
     x[2, 7] = 1e30
-    q, scales = quantize_rows(x, 32)
+    q, scales = quantize_rows(x, 32, bits)
+    assert q.dtype == dtype
     assert torch.isfinite(scales).all()
     assert not q[0].any()
-    assert int(q.abs().max()) <= 127
-    assert q[2].tolist()[7] == 127
+    assert int(q.abs().max()) <= most
+    assert q[2].tolist()[7] == most
     assert q[2, :7].abs().max() == 0
     assert (dequantize(q, scales, 32)[3] - x[3]).abs().max() <= float(scales[3].max()) / 2 * 1.001
 

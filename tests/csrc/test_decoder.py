@@ -154,10 +154,11 @@ def test_a_step_is_that_of_plain_torch(isa, threads):
     assert changed.nonzero().tolist() == sorted(map(list, zip(rows[1], rows[2], strict=True)))
 
 
-# Inputs are quantised: one that rounds the other way moves a sum by half a step of its largest.
+# Inputs are quantised: one that rounds the other way moves a sum by a step of its largest.
 @pytest.mark.parametrize(("storage", "bound"), [("int8", 1 / 32767), ("int4", 1 / 127)])
-def test_a_quantised_step_is_that_of_plain_torch(isa, storage, bound):
-    model, (k_cache, v_cache) = Model(storage=storage), caches()
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_quantised_step_is_that_of_plain_torch(isa, threads, storage, bound):
+    model, (k_cache, v_cache) = Model(threads, storage), caches()
     rows = [7, 99, 0, 7], [4, 0, 2, 1], [0, 299, 41, 256]
     truth = model.expected(*rows, k_cache.clone(), v_cache.clone(), torch.float64)
     logits, greedy = step(model.decoder(), *rows, k_cache, v_cache)

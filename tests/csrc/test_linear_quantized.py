@@ -157,6 +157,29 @@ def test_bits_do_not_depend_on_rows_and_threads(isa: str, kind: QuantizedKind, w
     assert torch.equal(run(x, packed, wide=wide, num_threads=3), whole)
 
 
+# 67 and 41 blocks: one thread takes 16 or 8 a task, so four or two a stream, and fewer in the last
+# task; two and three threads take half of that, or one a stream.
+@pytest.mark.parametrize("rows", [1, 2, 3, 21])
+@pytest.mark.parametrize("outputs", [66 * 16 + 5, 40 * 16 + 5])
+@pytest.mark.parametrize(("kind", "wide"), [("int8", True), ("int4", False)])
+def test_streams_of_several_blocks(
+    isa: str, kind: QuantizedKind, wide: bool, outputs: int, rows: int
+) -> None:
+    x, weight = gaussian(rows, 176), gaussian(outputs, 176, seed=1)
+    check(x, weight, kind, wide=wide)
+    packed = pack(kind, weight)
+    whole = run(x, packed, wide=wide)
+    for num_threads in (2, 3):
+        assert torch.equal(run(x, packed, wide=wide, num_threads=num_threads), whole)
+    gate, up = weight[: outputs // 2], weight[outputs // 2 : outputs // 2 * 2]
+    out = run(
+        x, pack(kind, gate, up, interleaved=True), wide=wide, activation="silu_mul", columns=len(up)
+    )
+    plain = run(x, pack(kind, gate, up), wide=wide).double()
+    gated, raised = plain.split(len(up), dim=1)
+    torch.testing.assert_close(out.double(), F.silu(gated) * raised, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "wide"), MODES)
 def test_bits_do_not_depend_on_outputs(isa: str, kind: QuantizedKind, wide: bool) -> None:
     # A block beside others, alone, and as the last one of an odd number.

@@ -83,7 +83,7 @@ def test_steps_serve_all_threads(engine: Engine, monkeypatch: pytest.MonkeyPatch
         launch(n_steps)
 
     monkeypatch.setattr(runner, "launch", counting)
-    params = SamplingParams(max_new_tokens=200, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=3000, ignore_eos=True)
     run_threads([lambda: engine.generate("Hi", sampling=params)] * 2)
     assert active.count(2) > 50
 

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
                 args.out,
                 Row(
                     suite="latency",
-                    workload="384, one view",
+                    workload=f"384, one view, threads {count}",
                     side="ovfast",
                     storage=storage,
                     metric=name,

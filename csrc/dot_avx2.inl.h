@@ -35,7 +35,6 @@ OVFAST_INLINE void WidenBytes(VecI bytes, VecI* even, VecI* odd) {
   odd->lo = _mm256_srai_epi16(bytes.lo, 8);
   odd->hi = _mm256_srai_epi16(bytes.hi, 8);
 }
-OVFAST_INLINE VecI AddWords(VecI sums, VecI a, VecI b) { return DotPairs(a, b, sums); }
 
 template <WeightKind kKind>
 struct Dot;

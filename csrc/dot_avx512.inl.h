@@ -12,9 +12,5 @@ OVFAST_INLINE void WidenBytes(VecI bytes, VecI* even, VecI* odd) {
   even->v = _mm512_srai_epi16(_mm512_slli_epi16(bytes.v, 8), 8);
   odd->v = _mm512_srai_epi16(bytes.v, 8);
 }
-OVFAST_INLINE VecI AddWords(VecI sums, VecI a, VecI b) {
-  __asm__("vpdpwssd %2, %1, %0" : "+v"(sums.v) : "v"(a.v), "v"(b.v));
-  return sums;
-}
 
 #include "dot_bytes.inl.h"

@@ -30,7 +30,5 @@ OVFAST_INLINE void WidenBytes(VecI bytes, VecI* even, VecI* odd) {
     return Wrap(widened(bits >> 8) | widened(bits >> 24) << 16);
   });
 }
-// Two signed 16-bit numbers of a times two of b in every lane, added; sums wrap.
-OVFAST_INLINE VecI AddWords(VecI sums, VecI a, VecI b) { return DotPairs(a, b, sums); }
 
 #include "dot_bytes.inl.h"

@@ -32,7 +32,7 @@ struct Few<WeightKind::kInt8> {
   static OVFAST_INLINE VecI Add(VecI sums, VecI operand, const Input* inputs) {
     std::int32_t bits;
     std::memcpy(&bits, inputs, sizeof(bits));
-    return AddWords(sums, operand, SetI(bits));
+    return DotPairs(operand, SetI(bits), sums);
   }
   static OVFAST_INLINE VecI End(VecI sums) { return sums; }
   static OVFAST_INLINE std::int32_t Correction(const std::int32_t (&)[kLanes]) { return 0; }

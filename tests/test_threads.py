@@ -3,6 +3,7 @@
 import _thread
 import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -208,6 +209,15 @@ def test_ctrl_c_at_every_line_of_the_loop(engine: Engine) -> None:
     assert broken < line / 4
 
 
+@pytest.fixture
+def raising_sigint() -> Iterator[None]:
+    """Ctrl-C raises, also where a shell started the tests in the background and has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("raising_sigint")
 def test_ctrl_c_at_random_moments(engine: Engine) -> None:
     """The real signal, while another thread's requests are served by the same steps."""
     expected, stop, wrong = tokens_of(engine, "image"), threading.Event(), []

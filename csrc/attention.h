@@ -1,5 +1,6 @@
 // Attention: inside the tower's views, of a prompt to its prefix, of single tokens to the cache.
 //
+// Exact, or on the first two with integers in the products: see attention_quantized.inl.h.
 // All with scores · head_dim^-0.5 and a softmax in float32 that runs over blocks of keys at fixed
 // positions, so that a row of the result depends on its own query and on the keys it sees alone.
 
@@ -18,6 +19,7 @@ struct ViewAttentionArgs {
   std::int64_t tokens_per_view;  // rows of a view, ≥ 1
   std::int64_t num_heads;        // ≥ 1
   std::int64_t head_dim;         // ≥ 1
+  bool quantized;                // products of integers
   float* out;                    // (num_rows, num_heads · head_dim)
   std::int64_t out_stride;       // floats from a row of out to the next
 };
@@ -35,6 +37,7 @@ struct CausalAttentionArgs {
   std::int64_t head_stride;       // floats from a head of k and of v to the next
   std::int64_t start;             // position of row 0, the next at start + 1, …
   const std::int64_t* positions;  // (num_rows,), ascending, instead of start; or null
+  bool quantized;                 // products of integers
   float* out;                     // (num_rows, num_heads · head_dim)
   std::int64_t out_stride;        // floats from a row of out to the next
 };

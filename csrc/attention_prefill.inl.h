@@ -2,29 +2,12 @@
 //
 // Keys and values of a head are packed once, block by block, for all tiles of queries. A task takes
 // a chunk of queries of one head through the blocks, so that a block comes from memory once for the
-// whole chunk.
+// whole chunk. How a block is packed and multiplied is the arithmetic's: ExactAttention or
+// QuantizedAttention.
 
-constexpr std::int64_t kKeyBlock = 128;  // keys of a block, which begins at a multiple
 constexpr std::int64_t kChunkTiles = 8;  // tiles of a chunk
 constexpr std::int64_t kChunkRows = kChunkTiles * kTileRows;
 constexpr std::int64_t kPackedFloats = std::int64_t{1} << 21;  // of views that are packed at once
-
-// A block is its panels of keys, then its panels of values.
-OVFAST_INLINE std::int64_t BlockFloats(std::int64_t head_dim) {
-  return kKeyBlock * (head_dim + PaddedDim(head_dim));
-}
-
-// Packs one block of a head; k and v begin at the block's first key.
-OVFAST_INLINE void PackBlock(const float* k, const float* v, std::int64_t stride,
-                             std::int64_t num_keys, std::int64_t head_dim, float* block) {
-  num_keys = SmallerOf(num_keys, kKeyBlock);
-  PrefetchRows(k, stride, num_keys, head_dim);
-  PrefetchRows(v, stride, num_keys, head_dim);
-  for (std::int64_t key = 0; key < num_keys; key += kLanes) {
-    PackKeyPanel(k + key * stride, stride, num_keys - key, head_dim, block + key * head_dim);
-  }
-  PackValuePanels(v, stride, num_keys, head_dim, block + kKeyBlock * head_dim, kKeyBlock * kLanes);
-}
 
 // Queries of one head that go through the blocks together.
 struct QueryChunk {
@@ -37,51 +20,6 @@ struct QueryChunk {
   std::int64_t out_stride;            // floats from a row of out to the next
   std::int64_t num_keys[kChunkRows];  // that each row sees, ascending, ≥ 1; the rest as the last
 };
-
-// What a tile has summed over the blocks so far; all in the thread's scratch memory.
-struct TileSums {
-  float* queries;  // [head_dim][kTileRows]
-  float* values;   // [kTileRows][padded head_dim]
-  float* weights;  // [kTileRows][16]: partial sums of the weights
-  float* most;     // [16]: largest score of each row
-};
-
-template <int kRows>
-OVFAST_INLINE void ValueRows(const float* weights, const float* values, std::int64_t num_keys,
-                             std::int64_t padded_dim, const float* factors, float* sums) {
-  constexpr std::int64_t kPanelFloats = kKeyBlock * kLanes;
-  std::int64_t d = 0;
-  for (; d + kTileBlocks * kLanes <= padded_dim; d += kTileBlocks * kLanes) {
-    ValueTile<kRows, kTileBlocks, false>(weights, kKeyBlock, values + d * kKeyBlock, kLanes,
-                                         kPanelFloats, num_keys, 0, factors, sums + d, padded_dim);
-  }
-  for (; d < padded_dim; d += kLanes) {
-    ValueTile<kRows, 1, false>(weights, kKeyBlock, values + d * kKeyBlock, kLanes, kPanelFloats,
-                               num_keys, 0, factors, sums + d, padded_dim);
-  }
-}
-
-// Adds one block to a tile; num_keys are those of the block that the tile's rows see.
-OVFAST_INLINE void AttendBlock(const float* block, const std::int64_t* num_keys,
-                               std::int64_t head_dim, const TileSums& sums, float* scores) {
-  const std::int64_t padded_dim = PaddedDim(head_dim);
-  const std::int64_t most_keys = num_keys[kTileRows - 1];
-  ScoreRows<kTileRows>(sums.queries, block, CeilDiv(most_keys, kLanes), head_dim, scores,
-                       kKeyBlock);
-  float factors[kLanes];
-  SoftmaxTile<kTileRows>(scores, kKeyBlock, num_keys, ScoreScale(head_dim), sums.most, sums.weights,
-                         factors);
-  const float* const values = block + kKeyBlock * head_dim;
-  const std::int64_t common = num_keys[0] < 0 ? 0 : num_keys[0];
-  ValueRows<kTileRows>(scores, values, common, padded_dim, factors, sums.values);
-  const float one = 1.0f;
-  for (int row = 1; row < kTileRows; ++row) {
-    const std::int64_t rest = num_keys[row] - common;
-    if (rest <= 0) continue;
-    ValueRows<1>(scores + row * kKeyBlock + common, values + common * kLanes, rest, padded_dim,
-                 &one, sums.values + row * padded_dim);
-  }
-}
 
 OVFAST_INLINE void StoreTile(const TileSums& sums, std::int64_t num_rows, std::int64_t head_dim,
                              float* out, std::int64_t out_stride) {
@@ -99,10 +37,11 @@ OVFAST_INLINE void StoreTile(const TileSums& sums, std::int64_t num_rows, std::i
   }
 }
 
+template <class Arithmetic>
 OVFAST_INLINE void AttendChunk(Team& team, const QueryChunk& chunk) {
   const std::int64_t head_dim = chunk.head_dim, padded_dim = PaddedDim(head_dim);
   const std::int64_t num_tiles = CeilDiv(chunk.num_rows, kTileRows);
-  const std::int64_t query_floats = CeilDiv(kTileRows * head_dim, kLanes) * kLanes;
+  const std::int64_t query_floats = Arithmetic::QueryFloats(head_dim);
   const std::int64_t tile_floats =
       query_floats + kTileRows * padded_dim + kTileRows * kLanes + kLanes;
   float* const memory = static_cast<float*>(team.Scratch(
@@ -117,8 +56,8 @@ OVFAST_INLINE void AttendChunk(Team& team, const QueryChunk& chunk) {
     sums.weights = sums.values + kTileRows * padded_dim;
     sums.most = sums.weights + kTileRows * kLanes;
     const std::int64_t row = tile * kTileRows;
-    PackQueries<kTileRows>(chunk.q + row * chunk.q_stride, chunk.q_stride, chunk.num_rows - row,
-                           head_dim, sums.queries);
+    Arithmetic::PackTile(chunk.q + row * chunk.q_stride, chunk.q_stride, chunk.num_rows - row,
+                         head_dim, sums.queries);
     for (float* value = sums.values; value < sums.most; value += kLanes) Store(value, Zero());
     Store(sums.most, Set(kMinusInfinity));
   }
@@ -131,10 +70,10 @@ OVFAST_INLINE void AttendChunk(Team& team, const QueryChunk& chunk) {
         num_keys[row] = SmallerOf(chunk.num_keys[tile * kTileRows + row] - first, kKeyBlock);
       }
       if (num_keys[kTileRows - 1] > 0) {
-        AttendBlock(block, num_keys, head_dim, tiles[tile], scores);
+        Arithmetic::AttendBlock(block, num_keys, head_dim, tiles[tile], scores);
       }
     }
-    block += BlockFloats(head_dim);
+    block += Arithmetic::BlockFloats(head_dim);
   }
   for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
     const std::int64_t row = tile * kTileRows;
@@ -144,12 +83,13 @@ OVFAST_INLINE void AttendChunk(Team& team, const QueryChunk& chunk) {
 }
 
 // Packs and attends num_views views from the given row on, few enough for the shared memory.
+template <class Arithmetic>
 OVFAST_INLINE void AttendViews(Team& team, const ViewAttentionArgs& args, std::int64_t first_row,
                                std::int64_t num_views) {
   const std::int64_t tokens = args.tokens_per_view, head_dim = args.head_dim;
   const std::int64_t width = args.num_heads * head_dim;
   const std::int64_t num_blocks = CeilDiv(tokens, kKeyBlock);
-  const std::int64_t block_floats = BlockFloats(head_dim);
+  const std::int64_t block_floats = Arithmetic::BlockFloats(head_dim);
   const std::int64_t num_heads = num_views * args.num_heads;  // of all the views
   float* const packed = static_cast<float*>(
       team.Shared(static_cast<std::size_t>(num_heads * num_blocks * block_floats) * sizeof(float)));
@@ -160,8 +100,8 @@ OVFAST_INLINE void AttendViews(Team& team, const ViewAttentionArgs& args, std::i
   team.For(num_heads * num_blocks, [&](std::int64_t task) {
     const std::int64_t first = task % num_blocks * kKeyBlock;
     const float* const q = head_of(task / num_blocks) + first * args.qkv_stride;
-    PackBlock(q + width, q + 2 * width, args.qkv_stride, tokens - first, head_dim,
-              packed + task * block_floats);
+    Arithmetic::PackBlock(q + width, q + 2 * width, args.qkv_stride, tokens - first, head_dim,
+                          packed + task * block_floats);
   });
   const std::int64_t num_chunks = CeilDiv(tokens, kChunkRows);
   team.For(num_heads * num_chunks, [&](std::int64_t task) {
@@ -176,22 +116,25 @@ OVFAST_INLINE void AttendViews(Team& team, const ViewAttentionArgs& args, std::i
                 head % args.num_heads * head_dim;
     chunk.out_stride = args.out_stride;
     for (std::int64_t i = 0; i < kChunkRows; ++i) chunk.num_keys[i] = tokens;
-    AttendChunk(team, chunk);
+    AttendChunk<Arithmetic>(team, chunk);
   });
 }
 
-void ViewAttention(Team& team, const ViewAttentionArgs& args) {
-  const std::int64_t view_floats =
-      args.num_heads * CeilDiv(args.tokens_per_view, kKeyBlock) * BlockFloats(args.head_dim);
+template <class Arithmetic>
+OVFAST_INLINE void AttendAllViews(Team& team, const ViewAttentionArgs& args) {
+  const std::int64_t view_floats = args.num_heads * CeilDiv(args.tokens_per_view, kKeyBlock) *
+                                   Arithmetic::BlockFloats(args.head_dim);
   const std::int64_t fitting = kPackedFloats / view_floats;
   const std::int64_t num_views = args.num_rows / args.tokens_per_view;
   for (std::int64_t first = 0, count = fitting > 1 ? fitting : 1; first < num_views;
        first += count) {
-    AttendViews(team, args, first * args.tokens_per_view, SmallerOf(count, num_views - first));
+    AttendViews<Arithmetic>(team, args, first * args.tokens_per_view,
+                            SmallerOf(count, num_views - first));
   }
 }
 
-void CausalAttention(Team& team, const CausalAttentionArgs& args) {
+template <class Arithmetic>
+OVFAST_INLINE void AttendPrompt(Team& team, const CausalAttentionArgs& args) {
   const std::int64_t num_rows = args.num_rows, head_dim = args.head_dim;
   if (num_rows == 0) return;
   const auto keys_of = [&](std::int64_t row) {
@@ -199,14 +142,14 @@ void CausalAttention(Team& team, const CausalAttentionArgs& args) {
   };
   const std::int64_t num_keys = keys_of(num_rows - 1);
   const std::int64_t num_blocks = CeilDiv(num_keys, kKeyBlock);
-  const std::int64_t block_floats = BlockFloats(head_dim);
+  const std::int64_t block_floats = Arithmetic::BlockFloats(head_dim);
   float* const packed = static_cast<float*>(team.Shared(
       static_cast<std::size_t>(args.num_kv_heads * num_blocks * block_floats) * sizeof(float)));
   team.For(args.num_kv_heads * num_blocks, [&](std::int64_t task) {
     const std::int64_t first = task % num_blocks * kKeyBlock;
     const std::int64_t offset = task / num_blocks * args.head_stride + first * head_dim;
-    PackBlock(args.k + offset, args.v + offset, head_dim, num_keys - first, head_dim,
-              packed + task * block_floats);
+    Arithmetic::PackBlock(args.k + offset, args.v + offset, head_dim, num_keys - first, head_dim,
+                          packed + task * block_floats);
   });
   const std::int64_t num_chunks = CeilDiv(num_rows, kChunkRows);
   const std::int64_t group = args.num_heads / args.num_kv_heads;
@@ -225,6 +168,16 @@ void CausalAttention(Team& team, const CausalAttentionArgs& args) {
     for (std::int64_t i = 0; i < kChunkRows; ++i) {
       chunk.num_keys[i] = keys_of(row + SmallerOf(i, chunk.num_rows - 1));
     }
-    AttendChunk(team, chunk);
+    AttendChunk<Arithmetic>(team, chunk);
   });
+}
+
+void ViewAttention(Team& team, const ViewAttentionArgs& args) {
+  if (args.quantized) return AttendAllViews<QuantizedAttention>(team, args);
+  AttendAllViews<ExactAttention>(team, args);
+}
+
+void CausalAttention(Team& team, const CausalAttentionArgs& args) {
+  if (args.quantized) return AttendPrompt<QuantizedAttention>(team, args);
+  AttendPrompt<ExactAttention>(team, args);
 }

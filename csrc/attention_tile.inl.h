@@ -228,3 +228,14 @@ OVFAST_INLINE void SoftmaxTile(float* scores, std::int64_t score_stride,
     Store(sums + row * kLanes, total);
   }
 }
+
+// Of a prompt's or a view's attention: keys of a block, which begins at a multiple.
+constexpr std::int64_t kKeyBlock = 128;
+
+// What a tile has summed over the blocks so far; all in the thread's scratch memory.
+struct TileSums {
+  float* queries;  // as packed
+  float* values;   // [kTileRows][padded head_dim]
+  float* weights;  // [kTileRows][16]: partial sums of the weights
+  float* most;     // [16]: largest score of each row
+};

@@ -30,7 +30,7 @@ py::array CheckAttended(const py::object& object, const py::array& q, const Cach
 }
 
 void ViewAttention(ThreadPool& pool, const py::object& qkv_object, std::int64_t num_heads,
-                   std::int64_t tokens_per_view, const py::object& out_object) {
+                   std::int64_t tokens_per_view, const py::object& out_object, bool quantized) {
   const py::array qkv = CheckArray(qkv_object, "qkv", "float32", {kAny, kAny}, 1);
   CheckSize(num_heads, "num_heads");
   CheckSize(tokens_per_view, "tokens_per_view");
@@ -54,6 +54,7 @@ void ViewAttention(ThreadPool& pool, const py::object& qkv_object, std::int64_t 
                                   tokens_per_view,
                                   num_heads,
                                   width / 3 / num_heads,
+                                  quantized,
                                   MutableData<float>(out),
                                   StrideOf<float>(out, 0)};
   RunOn(pool, [&](Team& team) { Kernels().view_attention(team, args); });
@@ -86,7 +87,7 @@ std::vector<std::int64_t> CheckPositions(const py::object& object, py::ssize_t n
 
 void CausalAttention(ThreadPool& pool, const py::object& q_object, const py::object& k_object,
                      const py::object& v_object, const py::object& positions_object,
-                     const py::object& out_object) {
+                     const py::object& out_object, bool quantized) {
   const Cache cache = CheckCache(k_object, "k", v_object, "v", false, false);
   const py::array q = CheckArray(q_object, "q", "float32", {kAny, kAny, cache.head_dim}, 1);
   const py::ssize_t num_rows = q.shape(0), num_heads = q.shape(1);
@@ -107,6 +108,7 @@ void CausalAttention(ThreadPool& pool, const py::object& q_object, const py::obj
                                     cache.head_stride,
                                     start,
                                     positions.empty() ? nullptr : positions.data(),
+                                    quantized,
                                     MutableData<float>(out),
                                     StrideOf<float>(out, 0)};
   RunOn(pool, [&](Team& team) { Kernels().causal_attention(team, args); });
@@ -144,7 +146,7 @@ void DecodeAttention(ThreadPool& pool, const py::object& q_object, const py::obj
 
 void BindAttention(py::module_& m) {
   m.def("view_attention", &ViewAttention, py::arg("pool"), py::arg("qkv"), py::arg("num_heads"),
-        py::arg("tokens_per_view"), py::arg("out"),
+        py::arg("tokens_per_view"), py::arg("out"), py::arg("quantized") = false,
         R"doc(Attention of every row to every row of its view, scale head_dim^-0.5.
 
 Args:
@@ -154,12 +156,14 @@ Args:
     num_heads: of each.
     tokens_per_view: rows of a view.
     out: (num_views · tokens_per_view, num_heads · head_dim) float32, rows at any stride.
+    quantized: products of integers: a row's queries, keys and values each of one scale and of at
+        most 16 bits, weights of 14 bits. NaN or inf in a value make all of a row's results NaN.
 
 Raises:
     TypeError: an argument of the wrong type or dtype.
     ValueError: a wrong shape or stride, or arrays that share memory.)doc");
   m.def("causal_attention", &CausalAttention, py::arg("pool"), py::arg("q"), py::arg("k"),
-        py::arg("v"), py::arg("positions"), py::arg("out"),
+        py::arg("v"), py::arg("positions"), py::arg("out"), py::arg("quantized") = false,
         R"doc(Attention of rows to all keys up to their own positions, scale head_dim^-0.5.
 
 Keys behind the last row's position are not read.
@@ -172,6 +176,8 @@ Args:
     positions: of the rows: (num_rows,) int64, ascending; or an int, the position of the first of
         consecutive rows.
     out: (num_rows, num_heads · head_dim) float32, rows at any stride.
+    quantized: products of integers: a row's queries, keys and values each of one scale and of at
+        most 16 bits, weights of 14 bits. NaN or inf in a value make all of a row's results NaN.
 
 Raises:
     TypeError: an argument of the wrong type or dtype.

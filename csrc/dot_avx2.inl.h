@@ -28,6 +28,10 @@ OVFAST_INLINE __m256i Pinned(__m256i sums) {
   return sums;
 }
 OVFAST_INLINE VecI Pinned(VecI sums) { return {Pinned(sums.lo), Pinned(sums.hi)}; }
+OVFAST_INLINE VecI BroadcastBits(const void* bits) {
+  const __m256i all = Broadcast(bits);
+  return {all, all};
+}
 
 OVFAST_INLINE void WidenBytes(VecI bytes, VecI* even, VecI* odd) {
   even->lo = _mm256_srai_epi16(_mm256_slli_epi16(bytes.lo, 8), 8);

@@ -43,9 +43,7 @@ struct Dot {
     return SetI(correction);
   }
   static OVFAST_INLINE VecI Add(VecI sums, const VecI (&weights)[kStep], const void* inputs) {
-    std::int32_t bits;
-    std::memcpy(&bits, inputs, sizeof(bits));
-    return AddBytes(sums, weights[0], SetI(bits));
+    return AddBytes(sums, weights[0], BroadcastBits(inputs));
   }
   static OVFAST_INLINE VecI End(VecI sums) { return sums; }
   // Stores 16 inputs.

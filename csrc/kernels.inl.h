@@ -14,6 +14,8 @@
 #include "norm.inl.h"
 #include "rope.inl.h"
 #include "attention_tile.inl.h"
+#include "attention_exact.inl.h"
+#include "attention_quantized.inl.h"
 #include "attention_prefill.inl.h"
 #include "attention_decode.inl.h"
 // clang-format on

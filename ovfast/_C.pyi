@@ -62,6 +62,7 @@ def view_attention(
     num_heads: int,
     tokens_per_view: int,
     out: NDArray[np.float32],
+    quantized: bool = False,
 ) -> None: ...
 def causal_attention(
     pool: ThreadPool,
@@ -70,6 +71,7 @@ def causal_attention(
     v: NDArray[np.float32],
     positions: NDArray[np.int64] | int,
     out: NDArray[np.float32],
+    quantized: bool = False,
 ) -> None: ...
 def decode_attention(
     pool: ThreadPool,

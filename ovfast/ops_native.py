@@ -97,6 +97,7 @@ class _Native:
     def __init__(self, native: ModuleType, pool: Any, storage: str) -> None:
         self._native: Any = native
         self._pool, self._storage = pool, storage
+        self._quantizes = storage not in DTYPES
         self._linear = partial(native.linear, pool)
 
     def _pack(self, storage: str, weights: list[Tensor], *, interleaved: bool = False) -> Any:
@@ -203,23 +204,28 @@ class _Native:
     def view_attention(self, qkv: Tensor, num_heads: int, tokens_per_view: int) -> Tensor:
         out = torch.empty(len(qkv), qkv.shape[1] // 3)
         self._native.view_attention(
-            self._pool, qkv.numpy(), num_heads, tokens_per_view, out.numpy()
+            self._pool, qkv.numpy(), num_heads, tokens_per_view, out.numpy(), self._quantizes
         )
         return out
 
     def causal_attention(self, q: Tensor, k: Tensor, v: Tensor, positions: Sequence[int]) -> Tensor:
+        return self._attend(q, k, v, positions, self._quantizes)
+
+    def decode_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(q, k, v, range(k.shape[1] - 1, k.shape[1]), quantized=False)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Sequence[int], quantized: bool
+    ) -> Tensor:
         out = torch.empty(len(q), q.shape[1] * q.shape[2])
         if len(q) == 0:
             return out
         consecutive = isinstance(positions, range) and positions.step == 1
         where = positions[0] if consecutive else np.array(positions, np.int64)
         self._native.causal_attention(
-            self._pool, q.numpy(), k.numpy(), v.numpy(), where, out.numpy()
+            self._pool, q.numpy(), k.numpy(), v.numpy(), where, out.numpy(), quantized
         )
         return out
-
-    def decode_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.causal_attention(q, k, v, range(k.shape[1] - 1, k.shape[1]))
 
     def project_and_pack(
         self,

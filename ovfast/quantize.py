@@ -21,8 +21,16 @@ AVX2 multiplies int8 of tower and prefill with seven bits of each input (csrc/do
 inputs are in [-63, 63], their scale is the largest magnitude / 63, and a group of weights in which
 a sum of four products might not fit 16 bits is halved, to the nearest, halves to even, and its
 scale doubled.
+
+Attention of the tower and of a prefill multiplies integers too. A row of queries or keys has one
+scale, and integers so large that no sum of products overflows 32 bits (12 bits and a sign where a
+head has 64 or 72 dimensions); a row of values has one, and 10 bits and a sign. In each block of 128
+keys the weights of a query, times the scales of their values, are rounded to 16383rds of the
+largest scale of a value that the query sees there.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -38,6 +46,9 @@ LARGEST_INT8 = 127
 LOWEST_INT4, HIGHEST_INT4 = -8, 7
 LARGEST_EXPONENT = 30  # of a factor
 LARGEST_SUM_OF_FOUR = 258  # weights of one sign, with inputs of seven bits
+LARGEST_WEIGHT, LARGEST_VALUE = 16383, 1023  # of attention
+LEAST = 1e-30  # of attention: a row without a larger magnitude has the scale of this one
+KEY_BLOCK = 128
 
 
 class Quantized(NamedTuple):
@@ -182,6 +193,60 @@ def fake_quantized_linear(
     q, scales = quantize_rows(x.float() * factors, group, input_bits)
     x = dequantize(q, scales.to(dtype), group)
     return F.linear(x, operand, None if bias is None else bias.to(dtype))
+
+
+def fake_quantized_attention(
+    q: Tensor, k: Tensor, v: Tensor, positions: Sequence[int], *, upcast: bool = False
+) -> Tensor:
+    """`reference.causal_attention` as the quantised one rounds its operands.
+
+    Args:
+        q: (rows, num_heads, head_dim) float32.
+        k: (num_kv_heads, num_keys, head_dim), key j at position j.
+        v: as k.
+        positions: of the rows of q.
+        upcast: whether the same queries, keys and values are multiplied in float64, with weights
+            that are not rounded: the truth of tests.
+
+    Returns:
+        (rows, num_heads · head_dim) float32, or float64 where upcast.
+    """
+    dtype = torch.float64 if upcast else torch.float32
+    head_dim = q.shape[-1]
+    largest = min(32767, math.floor(math.sqrt(2.13e9 / head_dim)))
+    group = q.shape[1] // len(k)
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    (q, q_scales), (k, k_scales) = _quantized_rows(q, largest), _quantized_rows(k, largest)
+    v, v_scales = _quantized_rows(v, LARGEST_VALUE)
+    q, k, v, q_scales, k_scales, v_scales = (
+        x.to(dtype) for x in (q.transpose(0, 1), k, v, q_scales.transpose(0, 1), k_scales, v_scales)
+    )
+    scores = q @ k.transpose(1, 2) * (q_scales * math.log2(math.e) * head_dim**-0.5)
+    scores = scores * k_scales.transpose(1, 2)
+    seen = torch.arange(k.shape[1]) <= torch.tensor(positions)[:, None]
+    scores = scores.masked_fill(~seen, -math.inf)
+    most = scores.amax(-1, keepdim=True)
+    out, total = torch.zeros_like(q), torch.zeros_like(most)
+    for first in range(0, k.shape[1], KEY_BLOCK):
+        block = slice(first, first + KEY_BLOCK)
+        part, scales = scores[..., block], v_scales[:, block].transpose(1, 2)
+        block_most = part.amax(-1, keepdim=True)
+        block_most = torch.where(block_most == -math.inf, 0.0, block_most)
+        weights = torch.exp2(part - block_most)
+        scaled = weights * torch.where(seen[:, block], scales, 0.0)
+        if not upcast:
+            unit = torch.where(seen[:, block], scales, 0.0).amax(-1, keepdim=True) / LARGEST_WEIGHT
+            scaled = (scaled / torch.where(unit == 0, 1.0, unit)).round() * unit
+        factor = torch.exp2(block_most - most)
+        out += factor * (scaled @ v[:, block])
+        total += factor * weights.sum(-1, keepdim=True)
+    return (out / total).transpose(0, 1).flatten(1)
+
+
+def _quantized_rows(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """(..., dims) float32 → integers of the same shape, and their scales (..., 1)."""
+    scales = x.abs().amax(-1, keepdim=True).clamp(min=LEAST) / largest
+    return (x * (1 / scales)).round().clamp(-largest, largest), scales
 
 
 def _grouped(values: Tensor, group: int) -> Tensor:

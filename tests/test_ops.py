@@ -110,6 +110,24 @@ def test_auto_takes_the_native_module_and_says_what_is_left(caplog):
     assert record.getMessage().endswith("from reference: nothing")
 
 
+@pytest.mark.parametrize("storage", ["bfloat16", "int8", "int4"])
+def test_attention_is_quantized_where_weights_are(storage):
+    """In the tower and a prefill; a token that is decoded reads the cache and multiplies little."""
+    native = pytest.importorskip("ovfast._C", reason="the native extension is not built")
+    ops = make_ops(CPU, "native", storage=storage)
+    pool, quantized = native.ThreadPool(1), storage != "bfloat16"
+    q, k, v = torch.randn(40, 4, 16), torch.randn(2, 40, 16), torch.randn(2, 40, 16)
+    expected = torch.empty(40, 64)
+    arrays = (q.numpy(), k.numpy(), v.numpy())
+    native.causal_attention(pool, *arrays, 0, expected.numpy(), quantized)
+    assert torch.equal(ops.causal_attention(q, k, v, range(40)), expected)
+    native.causal_attention(pool, *arrays, 0, expected.numpy())
+    assert torch.equal(ops.decode_attention(q[39:], k, v), expected[39:])
+    qkv, out = torch.randn(40, 192), torch.empty(40, 64)
+    native.view_attention(pool, qkv.numpy(), 4, 20, out.numpy(), quantized)
+    assert torch.equal(ops.view_attention(qkv, 4, 20), out)
+
+
 def test_auto_on_cuda_takes_triton():
     pytest.importorskip("triton")
     ops = make_ops(CUDA, "auto")

@@ -104,9 +104,12 @@ def test_machines_by_storage():
     made = Calibration("cpu", "native", 2, LIMITS, {"int8": RATES})
     exact, quantized = made.machine("bfloat16"), made.machine("int8")
     assert (exact.read_gb_per_s, exact.gflops, exact.attention_gflops) == (25, 150, 150)
-    assert (quantized.gflops, quantized.attention_gflops) == (250, 150)
+    assert (quantized.gflops, quantized.attention_gflops) == (250, 250)
     assert exact.rates is None
     assert quantized.rates == RATES
+    fast = dataclasses.replace(LIMITS, int8_gops=500.0)
+    quantized = Calibration("cpu", "native", 2, fast, {}).machine("int8")
+    assert (quantized.gflops, quantized.attention_gflops) == (500, 300)
     slow = dataclasses.replace(LIMITS, int8_gops=100.0)
     assert Calibration("cpu", "native", 2, slow, {}).machine("int8").gflops == 150
     cuda = Limits({"copy": 4300.0}, bfloat16_gflops=790e3, launch_us=2.0)

@@ -1,4 +1,6 @@
-"""Native attention: the two-times rule, bits that depend on the row and its keys alone, errors."""
+"""Native attention, exact and quantised: the two-times rule, bits that depend on the row and its
+keys alone, NaN.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from ovfast import reference
+from ovfast.quantize import fake_quantized_attention
 from tests.support.accuracy import assert_two_times_rule
 
 native = pytest.importorskip("ovfast._C", reason="the native extension is not built")
@@ -20,14 +23,22 @@ def random_tensor(*shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tenso
     return torch.randn(*shape, generator=generator) * scale
 
 
-def view_attention(qkv: torch.Tensor, heads: int, tokens: int, threads: int = 1) -> torch.Tensor:
+def view_attention(
+    qkv: torch.Tensor, heads: int, tokens: int, quantized: bool = False, threads: int = 1
+) -> torch.Tensor:
     out = torch.full((len(qkv), qkv.shape[1] // 3), 77.0)
-    native.view_attention(native.ThreadPool(threads), qkv.numpy(), heads, tokens, out.numpy())
+    pool = native.ThreadPool(threads)
+    native.view_attention(pool, qkv.numpy(), heads, tokens, out.numpy(), quantized)
     return out
 
 
 def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: Sequence[int], threads: int = 1
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: Sequence[int],
+    quantized: bool = False,
+    threads: int = 1,
 ) -> torch.Tensor:
     out = torch.full((len(q), q.shape[1] * q.shape[2]), 77.0)
     if isinstance(positions, range):
@@ -35,7 +46,7 @@ def causal_attention(
     else:
         at = np.array(positions, np.int64)
     arrays = (q.numpy(), k.numpy(), v.numpy())
-    native.causal_attention(native.ThreadPool(threads), *arrays, at, out.numpy())
+    native.causal_attention(native.ThreadPool(threads), *arrays, at, out.numpy(), quantized)
     return out
 
 
@@ -87,27 +98,61 @@ def test_view_two_times_rule(isa: str, views: int, tokens: int, heads: int, head
     assert_two_times_rule(out, plain, view_truth(qkv, heads, tokens))
 
 
+def fake_view_attention(
+    qkv: torch.Tensor, heads: int, tokens: int, *, upcast: bool
+) -> torch.Tensor:
+    parts = qkv.view(len(qkv), 3, heads, -1)
+    outs = []
+    for first in range(0, len(qkv), tokens):
+        q, k, v = parts[first : first + tokens].unbind(1)
+        k, v = k.transpose(0, 1), v.transpose(0, 1)
+        outs.append(fake_quantized_attention(q, k, v, [tokens - 1] * tokens, upcast=upcast))
+    return torch.cat(outs)
+
+
+def assert_as_the_fake(out: torch.Tensor, fake: torch.Tensor, truth: torch.Tensor) -> None:
+    """The rule, and weights rounded alike: but few may be a unit apart, their scores being so."""
+    assert_two_times_rule(out, fake, truth)
+    assert (out - fake).norm() <= 0.25 * (fake - truth).norm() + 1e-6 * truth.norm()
+
+
+@pytest.mark.parametrize(("views", "tokens", "heads", "head_dim"), VIEWS)
+def test_quantized_view_is_as_the_fake(
+    isa: str, views: int, tokens: int, heads: int, head_dim: int
+) -> None:
+    qkv = random_tensor(views * tokens, 3 * heads * head_dim, scale=1.5)
+    out = view_attention(qkv, heads, tokens, quantized=True)
+    fakes = (fake_view_attention(qkv, heads, tokens, upcast=upcast) for upcast in (False, True))
+    assert_as_the_fake(out, *fakes)
+
+
 @pytest.mark.slow
-def test_whole_tower_view(isa: str) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_whole_tower_view(isa: str, quantized: bool) -> None:
     qkv = random_tensor(2 * 729, 3 * 16 * 72)
-    plain = reference.view_attention(qkv, 16, 729)
-    truth = view_truth(qkv, 16, 729)
-    out = view_attention(qkv, 16, 729)
-    assert_two_times_rule(out, plain, truth)
-    assert torch.equal(view_attention(qkv, 16, 729, threads=3), out)
+    out = view_attention(qkv, 16, 729, quantized)
+    if quantized:
+        fakes = (fake_view_attention(qkv, 16, 729, upcast=upcast) for upcast in (False, True))
+        assert_as_the_fake(out, *fakes)
+    else:
+        assert_two_times_rule(out, reference.view_attention(qkv, 16, 729), view_truth(qkv, 16, 729))
+    assert torch.equal(view_attention(qkv, 16, 729, quantized, threads=3), out)
 
 
-def test_views_do_not_see_each_other(isa: str) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_views_do_not_see_each_other(isa: str, quantized: bool) -> None:
     qkv = random_tensor(4 * 20, 3 * 2 * 24)
-    whole = view_attention(qkv, 2, 20)
+    whole = view_attention(qkv, 2, 20, quantized)
     for threads in (2, 3):
-        assert torch.equal(view_attention(qkv, 2, 20, threads=threads), whole)
-    assert torch.equal(view_attention(qkv[20:40], 2, 20), whole[20:40]), "a view alone"
+        assert torch.equal(view_attention(qkv, 2, 20, quantized, threads=threads), whole)
+    alone = view_attention(qkv[20:40], 2, 20, quantized)
+    assert torch.equal(alone, whole[20:40]), "a view alone"
     wide = torch.full((80, 150), NAN)
     wide[:, 3:147] = qkv
-    assert torch.equal(view_attention(wide[:, 3:147], 2, 20), whole), "rows at another stride"
+    strided = view_attention(wide[:, 3:147], 2, 20, quantized)
+    assert torch.equal(strided, whole), "rows at another stride"
     qkv[20:40] = NAN
-    out = view_attention(qkv, 2, 20)
+    out = view_attention(qkv, 2, 20, quantized)
     assert bool(out[20:40].isnan().all()), "NaN in, NaN out"
     out[20:40] = whole[20:40]
     assert torch.equal(out, whole)
@@ -138,6 +183,11 @@ def test_causal_two_times_rule(
     plain = reference.causal_attention(q, k, v, positions)
     truth = reference.causal_attention(q, k, v, positions, upcast=True)
     assert_two_times_rule(out, plain, truth)
+    out = causal_attention(q, k, v, positions, quantized=True)
+    fakes = (
+        fake_quantized_attention(q, k, v, positions, upcast=upcast) for upcast in (False, True)
+    )
+    assert_as_the_fake(out, *fakes)
 
 
 def causal_inputs(num_keys: int, heads: int = 4, kv_heads: int = 2, head_dim: int = 18) -> Any:
@@ -146,43 +196,50 @@ def causal_inputs(num_keys: int, heads: int = 4, kv_heads: int = 2, head_dim: in
     return q, k, random_tensor(kv_heads, num_keys, head_dim, seed=1)
 
 
-def test_causal_bits_depend_on_the_row_and_its_keys_alone(isa: str) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_causal_bits_depend_on_the_row_and_its_keys_alone(isa: str, quantized: bool) -> None:
     """Threads, chunks of a prefill, any choice of rows, keys behind: all the same bits."""
     q, k, v = causal_inputs(300)
-    whole = causal_attention(q, k, v, range(300))
+    whole = causal_attention(q, k, v, range(300), quantized)
     for threads in (2, 3):
-        assert torch.equal(causal_attention(q, k, v, range(300), threads=threads), whole)
+        assert torch.equal(causal_attention(q, k, v, range(300), quantized, threads=threads), whole)
     for first, last in ((0, 1), (1, 130), (130, 300), (7, 8), (299, 300), (100, 149)):
-        part = causal_attention(q[first:last], k, v, range(first, last))
+        part = causal_attention(q[first:last], k, v, range(first, last), quantized)
         assert torch.equal(part, whole[first:last]), f"rows {first} to {last}"
-        shorter = causal_attention(q[first:last], k[:, :last], v[:, :last], range(first, last))
+        shorter = causal_attention(
+            q[first:last], k[:, :last], v[:, :last], range(first, last), quantized
+        )
         assert torch.equal(shorter, whole[first:last]), f"only the keys before {last}"
     for positions in ([0, 299], [5, 6, 7, 120, 127, 128, 129, 255, 256], [40], list(range(300))):
-        assert torch.equal(causal_attention(q[positions], k, v, positions), whole[positions])
-    again = causal_attention(q[[9, 9, 200]], k, v, [9, 9, 200])
+        assert torch.equal(
+            causal_attention(q[positions], k, v, positions, quantized), whole[positions]
+        )
+    again = causal_attention(q[[9, 9, 200]], k, v, [9, 9, 200], quantized)
     assert torch.equal(again, whole[[9, 9, 200]])
 
 
-def test_causal_strided_rows_and_heads(isa: str) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_causal_strided_rows_and_heads(isa: str, quantized: bool) -> None:
     """Queries inside rows of queries, keys and values; keys of a slot of a longer cache."""
     q, k, v = causal_inputs(50)
-    whole = causal_attention(q, k, v, range(50))
+    whole = causal_attention(q, k, v, range(50), quantized)
     qkv = torch.full((50, 8, 18), NAN)
     qkv[:, :4] = q
     caches = torch.full((2, 2, 3, 90, 18), NAN)  # (k or v, heads, layers, positions, head_dim)
     caches[0, :, 1, :50], caches[1, :, 1, :50] = k, v
     k_cache, v_cache = caches[:, :, 1]
-    assert torch.equal(causal_attention(qkv[:, :4], k_cache, v_cache, range(50)), whole)
+    assert torch.equal(causal_attention(qkv[:, :4], k_cache, v_cache, range(50), quantized), whole)
 
 
-def test_nan_behind_a_row_does_not_reach_it(isa: str) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_nan_behind_a_row_does_not_reach_it(isa: str, quantized: bool) -> None:
     q, k, v = causal_inputs(200)
-    whole = causal_attention(q, k, v, range(200))
+    whole = causal_attention(q, k, v, range(200), quantized)
     for first in (1, 77, 128, 199):
         for poisoned in (k, v):
             kept = poisoned[:, first:].clone()
             poisoned[:, first:] = NAN
-            out = causal_attention(q, k, v, range(200))
+            out = causal_attention(q, k, v, range(200), quantized)
             assert torch.equal(out[:first], whole[:first])
             assert bool(out[first:].isnan().all())
             poisoned[:, first:] = kept
@@ -204,6 +261,60 @@ def test_large_scores(isa: str, largest: float, sign: float) -> None:
     qkv = torch.stack([q[0].repeat(300, 1), k[0], v[0]], dim=1).flatten(1)
     views = view_attention(qkv, 1, 300)
     assert_two_times_rule(views, plain.repeat(300, 1), truth.repeat(300, 1))
+    fakes = [fake_quantized_attention(q, k, v, [299], upcast=upcast) for upcast in (False, True)]
+    assert_as_the_fake(causal_attention(q, k, v, [299], quantized=True), *fakes)
+    views = view_attention(qkv, 1, 300, quantized=True)
+    assert_as_the_fake(views, *(fake.repeat(300, 1) for fake in fakes))
+
+
+def relative_error(out: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((out - truth).norm() / truth.norm())
+
+
+# (dimension of keys, of values, weight of the first key, scale of values) → the largest loss.
+# int8 weights cost a layer 0.008.
+LOSSES = [
+    ((1.0, 1.0, 0.0, 1.0), 0.001),
+    ((100.0, 1.0, 0.0, 1.0), 0.01),
+    ((1.0, 100.0, 0.0, 1.0), 0.003),
+    ((1.0, 1.0, 8.0, 1.0), 0.002),
+    ((1.0, 1.0, 0.0, 1e-25), 0.001),
+    ((1.0, 1.0, 0.0, 1e25), 0.001),
+]
+
+
+@pytest.mark.parametrize(("case", "most"), LOSSES)
+def test_what_quantized_attention_loses(
+    isa: str, case: tuple[float, float, float, float], most: float
+) -> None:
+    """Also with a dimension of keys or values that is far larger, with a first key that takes
+    nearly all the weight and has next to no value, and at the ends of float32.
+    """
+    key_dim, value_dim, sink, scale = case
+    q, k, v = causal_inputs(300, head_dim=64)
+    k[..., 5] *= key_dim
+    q[..., 5] /= key_dim
+    v[..., 7] *= value_dim
+    v *= scale
+    if sink:
+        q[..., 3], k[:, 0, 3] = sink, sink
+        v[:, 0] /= 50
+    out = causal_attention(q, k, v, range(300), quantized=True)
+    truth = reference.causal_attention(q, k, v, range(300), upcast=True)
+    assert relative_error(out, truth) < most
+
+
+def test_quantized_attention_of_zeros(isa: str) -> None:
+    q, k, v = causal_inputs(40)
+    zero = torch.zeros_like
+    out = causal_attention(q, k, zero(v), range(40), quantized=True)
+    assert torch.equal(out, zero(out))
+    mean = causal_attention(zero(q), k, v, range(40), quantized=True)
+    truth = reference.causal_attention(zero(q), k, v, range(40), upcast=True)
+    assert relative_error(mean, truth) < 1e-3
+    assert torch.equal(causal_attention(q, zero(k), v, range(40), quantized=True), mean)
+    tiny = causal_attention(q, k, v * 1e-35, range(40), quantized=True)
+    assert float(tiny.abs().max()) < 1e-33
 
 
 # (heads, kv_heads, head_dim, last positions): both language models' groups over several parts of

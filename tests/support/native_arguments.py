@@ -112,6 +112,7 @@ def view_attention(m: Maker) -> Arguments:
         "num_heads": heads,
         "tokens_per_view": tokens,
         "out": m.floats(views * tokens, heads * dim),
+        "quantized": m.one_of(False, True),
     }
 
 
@@ -125,6 +126,7 @@ def causal_attention(m: Maker) -> Arguments:
         "v": m.floats(kv_heads, keys, dim),
         "positions": m.one_of(start, np.arange(start, start + rows)),
         "out": m.floats(rows, kv_heads * groups * dim),
+        "quantized": m.one_of(False, True),
     }
 
 
@@ -145,6 +147,7 @@ def decode_attention(m: Maker) -> Arguments:
         **cache(m, kv_heads, dim),
         **places(m, rows),
         "out": m.floats(rows, kv_heads * groups * dim),
+        "quantized": m.one_of(False, True),
     }
 
 

@@ -2,10 +2,10 @@
 // that share it. A task takes one part of the cache; the parts are merged in their order.
 
 constexpr std::int64_t kPart = 256;          // keys of a part, which begins at a multiple
-constexpr std::int64_t kAheadFloats = 2048;  // keys and values are asked for so long before use
+constexpr std::int64_t kAheadFloats = 4096;  // keys and values are asked for so long before use
 constexpr std::int64_t kValueFloats = 2048;  // values that stay in the first cache for all heads
 
-// Asks the memory for the keys of a part, for its values and for what the thread probably comes to
+// Asks L2 for the keys of a part, for its values and for what the thread probably comes to
 // next, a little at a time: a core that waits for each row in turn reads at a third of the memory's
 // speed.
 struct ReadAhead {
@@ -16,7 +16,7 @@ struct ReadAhead {
   OVFAST_INLINE void Ask(std::int64_t num_floats) {
     while (num_floats > 0 && stage < 3) {
       const std::int64_t count = SmallerOf(num_floats, left[stage]);
-      for (std::int64_t i = 0; i < count; i += kLanes) __builtin_prefetch(from[stage] + i);
+      for (std::int64_t i = 0; i < count; i += kLanes) __builtin_prefetch(from[stage] + i, 0, 2);
       num_floats -= count;
       from[stage] += count;
       left[stage] -= count;
@@ -127,6 +127,9 @@ OVFAST_INLINE void AttendPartOf(Team& team, const DecodePart& part) {
   if (height <= 1) return AttendPart<1>(team, part);
   if (height <= 2) return AttendPart<2>(team, part);
   if (height <= 4) return AttendPart<4>(team, part);
+  if constexpr (kHalf > 7) {
+    if (height <= 7) return AttendPart<7>(team, part);  // as many share keys in 0.5B and 7B
+  }
   if (height <= kHalf) return AttendPart<kHalf>(team, part);
   AttendPart<kTileRows>(team, part);
 }

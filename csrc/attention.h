@@ -1,6 +1,6 @@
 // Attention: inside the tower's views, of a prompt to its prefix, of single tokens to the cache.
 //
-// Exact, or on the first two with integers in the products: see attention_quantized.inl.h.
+// The first two are in float32 or multiply integers: see attention_quantized.inl.h.
 // All with scores · head_dim^-0.5 and a softmax in float32 that runs over blocks of keys at fixed
 // positions, so that a row of the result depends on its own query and on the keys it sees alone.
 

@@ -1,11 +1,11 @@
-// Attention of many rows with integers in its products, for models whose weights are quantised:
-// twice as many a second as in float32.
+// Attention of many rows with integers in its products, for models whose weights are quantised: two
+// products where float32 has one.
 //
-// A query, a key and a value have one scale each. Their integers are as large as no sum of products
-// overflows: 12 bits and a sign for the queries and keys of 64 or 72 dimensions, 10 for values. The
-// weights of a row in a block, times their values' scales, have 14 bits below the largest that they
-// can be there; so what one loses depends on no other block and on no key behind the row's. The
-// softmax and the sums over blocks are in float32.
+// A head's query, key and value have one scale each. Their integers are as large as they can be
+// without any sum of products overflowing 32 bits: 12 bits and a sign for the queries and keys of
+// 64 or 72 dimensions, 10 for values. The weights of a row in a block, times their values' scales,
+// have 14 bits below the largest of them; so what one loses depends on no other block and on no key
+// behind the row's. The softmax and the sums over blocks are in float32.
 //
 // Two integers share 32 bits: those of dimensions 2i and 2i + 1 of a query or key; and of each 32
 // keys the values, or the weights, of keys i and i + 16.
@@ -15,10 +15,12 @@ struct QuantizedAttention {
   static constexpr float kMostWeight = 16383.0f;
   static constexpr float kMostValue = 1023.0f;
   static constexpr float kLeast = 1e-30f;  // rows without a larger magnitude have this one's scale
-  static_assert(kKeyBlock * 16383 * 1023 < std::int64_t{1} << 31, "a block's sums fit 32 bits");
+  static_assert(kKeyBlock * static_cast<std::int64_t>(kMostWeight * kMostValue) < std::int64_t{1}
+                                                                                      << 31,
+                "a block's sums fit 32 bits");
 
   // The largest integer of queries and keys: head_dim times its square is below 2³¹.
-  static OVFAST_INLINE float MostOf(std::int64_t head_dim) {
+  static OVFAST_INLINE float LargestInteger(std::int64_t head_dim) {
     const float most = __builtin_sqrtf(2.13e9f / static_cast<float>(head_dim));
     return most < 32767.0f ? __builtin_floorf(most) : 32767.0f;
   }
@@ -33,14 +35,13 @@ struct QuantizedAttention {
   }
 
   // A block: panels of keys, [pairs of dimensions][16 keys], and their scales; panels of values,
-  // [pairs of keys][16 dimensions], their scales, and the largest of these up to each key.
+  // [pairs of keys][16 dimensions], and theirs.
   template <typename Float>  // may be const
   struct Block {
     Float* keys;
     Float* key_scales;
     Float* values;
-    Float* scales;
-    Float* most_scales;
+    Float* value_scales;
   };
   template <typename Float>
   static OVFAST_INLINE Block<Float> PartsOf(Float* block, std::int64_t head_dim) {
@@ -48,12 +49,11 @@ struct QuantizedAttention {
     parts.keys = block;
     parts.key_scales = parts.keys + kKeyBlock * NumPairs(head_dim);
     parts.values = parts.key_scales + kKeyBlock;
-    parts.scales = parts.values + kKeyBlock / 2 * PaddedDim(head_dim);
-    parts.most_scales = parts.scales + kKeyBlock;
+    parts.value_scales = parts.values + kKeyBlock / 2 * PaddedDim(head_dim);
     return parts;
   }
   static OVFAST_INLINE std::int64_t BlockFloats(std::int64_t head_dim) {
-    return kKeyBlock * (NumPairs(head_dim) + PaddedDim(head_dim) / 2 + 3);
+    return kKeyBlock * (NumPairs(head_dim) + PaddedDim(head_dim) / 2 + 2);
   }
 
   // A panel of 16 keys from one of floats. A scale is NaN where the key has NaN or inf.
@@ -65,7 +65,7 @@ struct QuantizedAttention {
       most = Max(most, Magnitude(lanes));
       poison = Fma(lanes, Zero(), poison);
     }
-    const Vec largest = Set(MostOf(head_dim));
+    const Vec largest = Set(LargestInteger(head_dim));
     most = Max(Set(kLeast), most);
     const Vec scale = Div(most, largest), factor = Div(Set(1.0f), scale);
     Store(scales, Add(scale, poison));
@@ -90,12 +90,8 @@ struct QuantizedAttention {
   static OVFAST_INLINE void QuantizeValues(const float* v, std::int64_t stride,
                                            std::int64_t num_keys, std::int64_t head_dim,
                                            const Block<float>& block) {
-    float most = 0.0f;
     for (std::int64_t key = 0; key < num_keys; ++key) {
-      const float scale = ScaleOf(v + key * stride, head_dim, kMostValue);
-      block.scales[key] = scale;
-      if (scale > most || scale != scale) most = scale;  // from NaN on it is NaN
-      block.most_scales[key] = most;
+      block.value_scales[key] = ScaleOf(v + key * stride, head_dim, kMostValue);
     }
     const Vec largest = Set(kMostValue);
     for (std::int64_t first = 0; first < num_keys; first += kPairedKeys) {
@@ -103,8 +99,8 @@ struct QuantizedAttention {
         // Keys behind the last one repeat it: their weights are 0.
         const std::int64_t low = SmallerOf(first + i, num_keys - 1);
         const std::int64_t high = SmallerOf(first + i + kLanes, num_keys - 1);
-        const Vec low_factor = Set(1.0f / block.scales[low]);
-        const Vec high_factor = Set(1.0f / block.scales[high]);
+        const Vec low_factor = Set(1.0f / block.value_scales[low]);
+        const Vec high_factor = Set(1.0f / block.value_scales[high]);
         float* out = block.values + (first / 2 + i) * kLanes;
         for (std::int64_t d = 0; d < head_dim; d += kLanes, out += kKeyBlock / 2 * kLanes) {
           const Vec low_values = LoadUpTo(v + low * stride + d, head_dim - d);
@@ -139,7 +135,7 @@ struct QuantizedAttention {
   // [pairs of dimensions][kTileRows]; rows from num_rows on repeat the last one.
   static OVFAST_INLINE void PackTile(const float* q, std::int64_t q_stride, std::int64_t num_rows,
                                      std::int64_t head_dim, float* tile) {
-    const float largest = MostOf(head_dim);
+    const float largest = LargestInteger(head_dim);
     for (int row = 0; row < kTileRows; ++row) {
       const float* const query = q + SmallerOf(row, num_rows - 1) * q_stride;
       const float scale = ScaleOf(query, head_dim, largest);
@@ -159,9 +155,9 @@ struct QuantizedAttention {
     }
   }
 
-  // sums[row][panel] += factors[row] · panels[panel], two products to each lane.
+  // sums[row][panel] += pairs[row] · panels[panel], two products to each lane.
   template <int kPanels>
-  static OVFAST_INLINE void AddPairs(const float* factors, std::int64_t factor_stride,
+  static OVFAST_INLINE void AddPairs(const float* pairs, std::int64_t pair_stride,
                                      const float* panels, std::int64_t panel_stride,
                                      VecI (&sums)[kTileRows][kPanels]) {
     VecI terms[kPanels];
@@ -170,7 +166,7 @@ struct QuantizedAttention {
       terms[panel] = LoadI(panels + panel * panel_stride);
 #pragma GCC unroll 16
     for (int row = 0; row < kTileRows; ++row) {
-      const VecI factor = BroadcastBits(factors + row * factor_stride);
+      const VecI factor = BroadcastBits(pairs + row * pair_stride);
 #pragma GCC unroll 2
       for (int panel = 0; panel < kPanels; ++panel) {
         sums[row][panel] = DotPairs(terms[panel], factor, sums[row][panel]);
@@ -221,64 +217,65 @@ struct QuantizedAttention {
     }
   }
 
-  // A row's scores of a block become its integer weights, in the same place, up to num_pairs.
-  // Returns the sum of the weights, a lane's keys in each. `unit`: weights per scale of a value.
+  // A row's scores of a block become its integer weights, two to 32 bits, in the same place; 0 from
+  // num_keys on, num_pairs in all. Returns the sum of the weights 2^(score - most), by lanes.
+  //
+  // unit: what an integer weight times an integer value stands for.
   static OVFAST_INLINE Vec QuantizeWeights(float* scores, std::int64_t num_keys,
-                                           std::int64_t num_pairs, float most, float unit,
-                                           const float* scales) {
-    const Vec offset = Set(most), units = Set(unit);
-    Vec total = Zero();
-    std::int64_t key = 0;
-    for (; key < num_keys; key += kPairedKeys) {
-      const float* from = scales + key;
-      float seen[kPairedKeys];  // the scales of keys that the row sees, others may be NaN
-      if (num_keys - key < kPairedKeys) {
-        for (std::int64_t i = 0; i < kPairedKeys; ++i)
-          seen[i] = key + i < num_keys ? from[i] : 0.0f;
-        from = seen;
-      }
-      const Vec low = Exp2(Sub(Load(scores + key), offset));
-      const Vec high = Exp2(Sub(Load(scores + key + kLanes), offset));
-      total = Add(Add(total, low), high);
-      // Max: NaN becomes 0.
-      const VecI low_weights = RoundToInt(Max(Mul(Mul(low, units), Load(from)), Zero()));
-      const VecI high_weights = RoundToInt(Max(Mul(Mul(high, units), Load(from + kLanes)), Zero()));
-      StoreI(scores + key / 2, AddI(low_weights, ShiftLeft<16>(high_weights)));
+                                           std::int64_t num_pairs, float most,
+                                           const float* value_scales, float* unit) {
+    const Vec offset = Set(most);
+    Vec total = Zero(), largest = Zero();
+    const std::int64_t end = CeilDiv(num_keys, kPairedKeys) * kPairedKeys;
+    for (std::int64_t key = 0; key < end; key += kLanes) {
+      const Vec weight = Exp2(Sub(Load(scores + key), offset));
+      // Of keys that the row sees: others may have NaN.
+      const Vec product = Mul(weight, LoadUpTo(value_scales + key, num_keys - key));
+      total = Fma(product, Zero(), Add(total, weight));  // NaN from a value's NaN
+      largest = Max(largest, product);
+      Store(scores + key, product);
     }
-    for (; key < 2 * num_pairs; key += kPairedKeys) StoreI(scores + key / 2, ZeroI());
+    // The key of the largest score has the weight 1: its product is not 0.
+    const float most_product = MaxOf(largest);
+    *unit = most_product / kMostWeight;
+    const Vec factor = Set(kMostWeight / most_product), limit = Set(kMostWeight);
+    for (std::int64_t key = 0; key < end; key += kPairedKeys) {
+      const VecI low = Quantized(Load(scores + key), factor, limit);
+      const VecI high = Quantized(Load(scores + key + kLanes), factor, limit);
+      StoreI(scores + key / 2, Pair(low, high));
+    }
+    for (std::int64_t pair = end / 2; pair < num_pairs; pair += kLanes) {
+      StoreI(scores + pair, ZeroI());
+    }
     return total;
   }
 
   // The softmax of a tile over one block: scores become integer weights. Sums of weights and maxima
   // are updated; factors and steps as AddValues takes them.
-  static OVFAST_INLINE void SoftmaxOf(const Block<const float>& block, const std::int64_t* num_keys,
+  static OVFAST_INLINE void SoftmaxOf(const float* value_scales, const std::int64_t* num_keys,
                                       std::int64_t num_pairs, const TileSums& sums, float* scores,
                                       float* factors, float* steps) {
     float block_most[kLanes];
-    Store(block_most, Set(kMinusInfinity));
-    for (int row = 0; row < kTileRows; ++row) {
-      if (num_keys[row] <= 0) continue;
-      float* const part = scores + row * kKeyBlock;
-      const std::int64_t end = CeilDiv(num_keys[row], kPairedKeys) * kPairedKeys;
-      for (std::int64_t key = num_keys[row]; key < end; ++key) part[key] = kMinusInfinity;
-      Vec largest = Load(part);
-      for (std::int64_t key = kLanes; key < end; key += kLanes) {
-        largest = Max(largest, Load(part + key));
-      }
-      block_most[row] = MaxOf(largest);
-    }
+    LargestScores<kTileRows>(scores, kKeyBlock, num_keys, kPairedKeys, block_most);
     const Vec old_most = Load(sums.most), new_most = Max(old_most, Load(block_most));
     Store(sums.most, new_most);
     Store(factors, Exp2(Sub(old_most, new_most)));
     Store(steps, Exp2(Sub(Load(block_most), new_most)));
     for (int row = 0; row < kTileRows; ++row) {
-      float* const part = scores + row * kKeyBlock;
-      const float most_scale = num_keys[row] > 0 ? block.most_scales[num_keys[row] - 1] : 0.0f;
-      const Vec total = QuantizeWeights(part, num_keys[row], num_pairs, block_most[row],
-                                        kMostWeight / most_scale, block.scales);
+      float unit = 0.0f;
       float* const weights = sums.weights + row * kLanes;
-      Store(weights, Fma(Set(steps[row]), total, Mul(Set(factors[row]), Load(weights))));
-      steps[row] *= most_scale / kMostWeight;
+      Vec total = Mul(Set(factors[row]), Load(weights));
+      if (num_keys[row] > 0) {
+        const Vec added = QuantizeWeights(scores + row * kKeyBlock, num_keys[row], num_pairs,
+                                          block_most[row], value_scales, &unit);
+        total = Fma(Set(steps[row]), added, total);
+      } else {
+        for (std::int64_t pair = 0; pair < num_pairs; pair += kLanes) {
+          StoreI(scores + row * kKeyBlock + pair, ZeroI());
+        }
+      }
+      Store(weights, total);
+      steps[row] *= unit;
     }
   }
 
@@ -300,7 +297,7 @@ struct QuantizedAttention {
     }
     const std::int64_t num_pairs = CeilDiv(num_keys[kTileRows - 1], kPairedKeys) * kLanes;
     float factors[kLanes], steps[kLanes];
-    SoftmaxOf(block, num_keys, num_pairs, sums, scores, factors, steps);
+    SoftmaxOf(block.value_scales, num_keys, num_pairs, sums, scores, factors, steps);
     std::int64_t d = 0;
     for (; d + kTileBlocks * kLanes <= padded_dim; d += kTileBlocks * kLanes) {
       AddValues<kTileBlocks>(scores, block.values + d * (kKeyBlock / 2), num_pairs, factors, steps,

@@ -1,8 +1,8 @@
 // What all kinds of attention are made of: panels of keys and values, tiles of scores, the softmax.
 //
-// A panel of keys is [head_dim][16 keys], a panel of values [keys][16 dimensions], so that a Vec
-// holds 16 results and a tile of them stays in registers. Every sum runs over its terms in one
-// order, whatever tile it falls in.
+// In float32 a panel of keys is [head_dim][16 keys], a panel of values [keys][16 dimensions], so
+// that a Vec holds 16 results and a tile of them stays in registers. Every sum runs over its terms
+// in one order, whatever tile it falls in.
 
 constexpr float kMinusInfinity = -__builtin_inff();
 
@@ -30,7 +30,7 @@ OVFAST_INLINE Vec Exp2(Vec x) {
   power = Fma(power, fraction, Set(0x1.ebfbdcp-3f));
   power = Fma(power, fraction, Set(0x1.62e43p-1f));
   power = Fma(power, fraction, Set(1.0f));
-  return AsFloat(AddI(AsInt(power), ShiftLeft<23>(AsInt(shifted))));
+  return Mul(power, AsFloat(AddI(ShiftLeft<23>(AsInt(shifted)), AsInt(Set(1.0f)))));
 }
 
 // Rows that lie pages apart arrive one after another unless they are all asked for at once.
@@ -186,6 +186,28 @@ OVFAST_INLINE void ValueTile(const float* weights, std::int64_t weight_stride, c
   StoreSums(totals, sums, sum_stride);
 }
 
+// The largest score of each row, which is then filled up with -inf to a multiple of `step` keys.
+//
+// num_keys: of each row; 0 or less leaves the row as it is, and its largest score is -inf.
+// most: [16], the lanes behind the rows are -inf.
+template <int kRows>
+OVFAST_INLINE void LargestScores(float* scores, std::int64_t score_stride,
+                                 const std::int64_t* num_keys, std::int64_t step, float* most) {
+  static_assert(kRows <= kLanes, "the rows' maxima are the lanes of a Vec");
+  Store(most, Set(kMinusInfinity));
+  for (int row = 0; row < kRows; ++row) {
+    if (num_keys[row] <= 0) continue;
+    float* const part = scores + row * score_stride;
+    const std::int64_t end = CeilDiv(num_keys[row], step) * step;
+    for (std::int64_t key = num_keys[row]; key < end; ++key) part[key] = kMinusInfinity;
+    Vec largest = Load(part);
+    for (std::int64_t key = kLanes; key < end; key += kLanes) {
+      largest = Max(largest, Load(part + key));
+    }
+    most[row] = MaxOf(largest);
+  }
+}
+
 // Scores become weights 2^((score - most) · scale), `most` being a row's largest so far. Each stage
 // takes all rows before the next one starts, or every row would wait for its own maximum.
 //
@@ -197,20 +219,8 @@ template <int kRows>
 OVFAST_INLINE void SoftmaxTile(float* scores, std::int64_t score_stride,
                                const std::int64_t* num_keys, float scale, float* most, float* sums,
                                float* factors) {
-  static_assert(kRows <= kLanes, "the rows' maxima are the lanes of a Vec");
   float block_most[kLanes];
-  Store(block_most, Set(kMinusInfinity));
-  for (int row = 0; row < kRows; ++row) {
-    if (num_keys[row] <= 0) continue;
-    float* const part = scores + row * score_stride;
-    const std::int64_t end = CeilDiv(num_keys[row], kLanes) * kLanes;
-    for (std::int64_t key = num_keys[row]; key < end; ++key) part[key] = kMinusInfinity;
-    Vec largest = Load(part);
-    for (std::int64_t key = kLanes; key < end; key += kLanes) {
-      largest = Max(largest, Load(part + key));
-    }
-    block_most[row] = MaxOf(largest);
-  }
+  LargestScores<kRows>(scores, score_stride, num_keys, kLanes, block_most);
   const Vec old_most = Load(most), new_most = Max(old_most, Load(block_most));
   Store(most, new_most);
   Store(factors, Exp2(Mul(Sub(old_most, new_most), Set(scale))));
@@ -232,7 +242,7 @@ OVFAST_INLINE void SoftmaxTile(float* scores, std::int64_t score_stride,
 // Of a prompt's or a view's attention: keys of a block, which begins at a multiple.
 constexpr std::int64_t kKeyBlock = 128;
 
-// What a tile has summed over the blocks so far; all in the thread's scratch memory.
+// A tile's queries and what it has summed over the blocks so far, in the thread's scratch memory.
 struct TileSums {
   float* queries;  // as packed
   float* values;   // [kTileRows][padded head_dim]

@@ -156,8 +156,8 @@ Args:
     num_heads: of each.
     tokens_per_view: rows of a view.
     out: (num_views · tokens_per_view, num_heads · head_dim) float32, rows at any stride.
-    quantized: products of integers: a row's queries, keys and values each of one scale and of at
-        most 16 bits, weights of 14 bits. NaN or inf in a value make all of a row's results NaN.
+    quantized: products of integers: a head's query, key and value each have one scale and at most
+        16 bits, weights 14. NaN or inf in a value make all results of the head NaN where it is seen.
 
 Raises:
     TypeError: an argument of the wrong type or dtype.
@@ -176,8 +176,8 @@ Args:
     positions: of the rows: (num_rows,) int64, ascending; or an int, the position of the first of
         consecutive rows.
     out: (num_rows, num_heads · head_dim) float32, rows at any stride.
-    quantized: products of integers: a row's queries, keys and values each of one scale and of at
-        most 16 bits, weights of 14 bits. NaN or inf in a value make all of a row's results NaN.
+    quantized: products of integers: a head's query, key and value each have one scale and at most
+        16 bits, weights 14. NaN or inf in a value make all results of the head NaN where it is seen.
 
 Raises:
     TypeError: an argument of the wrong type or dtype.

@@ -5,11 +5,6 @@ OVFAST_INLINE VecI AddBytes(VecI sums, VecI a, VecI b) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sums.v) : "v"(a.v), "v"(b.v));
   return sums;
 }
-OVFAST_INLINE VecI BroadcastBits(const void* bits) {
-  std::int32_t lane;
-  std::memcpy(&lane, bits, sizeof(lane));
-  return SetI(lane);
-}
 OVFAST_INLINE void StoreSigned(std::int8_t* to, VecI a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a.v));
 }

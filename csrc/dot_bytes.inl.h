@@ -8,6 +8,13 @@
 // of the products of one output. `Start` … `Add` … `End` sum a group, kStep operands at once;
 // `correction` is that of the row in this group. Inputs are integers in [-kMostInput, kMostInput].
 
+// 32 bits in every lane.
+OVFAST_INLINE VecI BroadcastBits(const void* bits) {
+  std::int32_t lane;
+  std::memcpy(&lane, bits, sizeof(lane));
+  return SetI(lane);
+}
+
 template <WeightKind kKind>
 struct Dot {
   using Input = std::int8_t;  // an input, as stored in its own order

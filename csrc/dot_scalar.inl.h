@@ -11,12 +11,6 @@ OVFAST_INLINE VecI AddBytes(VecI sums, VecI a, VecI b) {
     return sum;
   });
 }
-// 32 bits in every lane.
-OVFAST_INLINE VecI BroadcastBits(const void* bits) {
-  std::int32_t lane;
-  std::memcpy(&lane, bits, sizeof(lane));
-  return SetI(lane);
-}
 // Sixteen bytes; the lanes lie in their range.
 OVFAST_INLINE void StoreSigned(std::int8_t* to, VecI a) {
   for (int i = 0; i < kLanes; ++i) to[i] = static_cast<std::int8_t>(a.v[i]);

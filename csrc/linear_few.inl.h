@@ -8,14 +8,15 @@
 // For one row four streams are read side by side, each of some blocks that follow one another: the
 // processor's own look-ahead needs streams that are long, and one alone does not keep the memory
 // busy. More rows leave fewer registers, and so fewer streams at a time. Where there is but one,
-// and where scales and weights take turns as often as int4's do, L2 is asked for what comes next.
+// and where scales and weights are read in turns as short as int4's, L2 is asked for what comes
+// next.
 
 constexpr std::int64_t kFewRows = 16;          // of a task
 constexpr int kFewTile = 4;                    // rows side by side
 constexpr std::int64_t kStreams = 4;           // of a task
 constexpr std::int64_t kMostStreamBlocks = 4;  // of a stream
 constexpr std::int64_t kMostStreamBytes = 65536;
-constexpr std::int64_t kFewAheadBytes = 6144;  // of a stream, where L2 is asked for them
+constexpr std::int64_t kFewAheadBytes = 4096;  // at least, where L2 is asked
 constexpr std::int64_t kFewTasks = 4;  // a thread, at least, if a stream has more than a block
 constexpr std::int64_t kFewStride = kStreams * kMostStreamBlocks * kBlock;  // of the totals
 
@@ -110,9 +111,12 @@ OVFAST_NOINLINE void AddGroups(const FewInputs<kKind>& x, std::int64_t first_row
       constexpr std::int64_t kGroupBytes = 2 * kBlock + kGroup / kLineInputs * kLineBytes;
 #pragma GCC unroll 4
       for (int block = 0; block < kBlocks; ++block) {
-        const std::uint8_t* const ahead = from[block] + group * kGroupBytes + kFewAheadBytes;
-        for (std::int64_t i = 0; i < kGroupBytes; i += kLineBytes)
+        // Scales precede the weights of a block, also of the next one: both are asked for as one.
+        const std::uint8_t* const ahead =
+            from[block] + scale_bytes + group * kGroupBytes + kFewAheadBytes;
+        for (std::int64_t i = 0; i < kGroupBytes; i += kLineBytes) {
           __builtin_prefetch(ahead + i, 0, 2);
+        }
       }
     }
     const std::int64_t end = LeastOf((group + 1) * kGroup, x.padded) / kLineInputs;

@@ -22,11 +22,11 @@ inputs are in [-63, 63], their scale is the largest magnitude / 63, and a group 
 a sum of four products might not fit 16 bits is halved, to the nearest, halves to even, and its
 scale doubled.
 
-Attention of the tower and of a prefill multiplies integers too. A row of queries or keys has one
+Attention of the tower and of a prefill multiplies integers too. A head's query or key has one
 scale, and integers so large that no sum of products overflows 32 bits (12 bits and a sign where a
-head has 64 or 72 dimensions); a row of values has one, and 10 bits and a sign. In each block of 128
-keys the weights of a query, times the scales of their values, are rounded to 16383rds of the
-largest scale of a value that the query sees there.
+head has 64 or 72 dimensions); its value has one, and 10 bits and a sign. In each block of 128 keys
+a query's weights, relative to that of its largest score there and times the scales of their values,
+are rounded to 16383rds of the largest such product.
 """
 
 import math
@@ -235,8 +235,10 @@ def fake_quantized_attention(
         weights = torch.exp2(part - block_most)
         scaled = weights * torch.where(seen[:, block], scales, 0.0)
         if not upcast:
-            unit = torch.where(seen[:, block], scales, 0.0).amax(-1, keepdim=True) / LARGEST_WEIGHT
-            scaled = (scaled / torch.where(unit == 0, 1.0, unit)).round() * unit
+            largest_product = scaled.amax(-1, keepdim=True)
+            unit = largest_product / LARGEST_WEIGHT
+            per_unit = LARGEST_WEIGHT / torch.where(largest_product == 0, 1.0, largest_product)
+            scaled = (scaled * per_unit).round() * unit
         factor = torch.exp2(block_most - most)
         out += factor * (scaled @ v[:, block])
         total += factor * weights.sum(-1, keepdim=True)

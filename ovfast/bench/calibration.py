@@ -73,8 +73,8 @@ class Calibration:
         exact = limits.bfloat16_gflops if self.device == "cuda" else limits.float32_gflops
         assert exact is not None
         gflops = max(exact, limits.int8_gops or 0.0) if storage in QUANTIZATIONS else exact
-        # Two products of 16 bits, those of quantised attention, take the lane of one in float32.
-        attention = min(gflops, 2 * exact)
+        # Quantised attention multiplies 16 bits: two products in the lane of one in float32.
+        attention = 2 * exact if storage in QUANTIZATIONS else exact
         read = max(limits.read_gb_per_s.values())
         return Machine(read, gflops, attention, self.rates.get(storage))
 

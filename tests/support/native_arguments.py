@@ -147,7 +147,6 @@ def decode_attention(m: Maker) -> Arguments:
         **cache(m, kv_heads, dim),
         **places(m, rows),
         "out": m.floats(rows, kv_heads * groups * dim),
-        "quantized": m.one_of(False, True),
     }
 
 

@@ -15,9 +15,8 @@ struct QuantizedAttention {
   static constexpr float kMostWeight = 16383.0f;
   static constexpr float kMostValue = 1023.0f;
   static constexpr float kLeast = 1e-30f;  // rows without a larger magnitude have this one's scale
-  static_assert(kKeyBlock * static_cast<std::int64_t>(kMostWeight * kMostValue) < std::int64_t{1}
-                                                                                      << 31,
-                "a block's sums fit 32 bits");
+  static constexpr auto kMostSum = kKeyBlock * static_cast<std::int64_t>(kMostWeight * kMostValue);
+  static_assert(kMostSum < std::int64_t{1} << 31, "a block's sums fit 32 bits");
 
   // The largest integer of queries and keys: head_dim times its square is below 2³¹.
   static OVFAST_INLINE float LargestInteger(std::int64_t head_dim) {
@@ -25,7 +24,6 @@ struct QuantizedAttention {
     return most < 32767.0f ? __builtin_floorf(most) : 32767.0f;
   }
   static OVFAST_INLINE std::int64_t NumPairs(std::int64_t head_dim) { return (head_dim + 1) / 2; }
-  static OVFAST_INLINE Vec Magnitude(Vec x) { return Max(x, Sub(Zero(), x)); }
   // x · factor to the nearest integer; NaN is some integer.
   static OVFAST_INLINE VecI Quantized(Vec x, Vec factor, Vec most) {
     return RoundToInt(Min(Max(Mul(x, factor), Sub(Zero(), most)), most));
@@ -162,8 +160,9 @@ struct QuantizedAttention {
                                      VecI (&sums)[kTileRows][kPanels]) {
     VecI terms[kPanels];
 #pragma GCC unroll 2
-    for (int panel = 0; panel < kPanels; ++panel)
+    for (int panel = 0; panel < kPanels; ++panel) {
       terms[panel] = LoadI(panels + panel * panel_stride);
+    }
 #pragma GCC unroll 16
     for (int row = 0; row < kTileRows; ++row) {
       const VecI factor = BroadcastBits(pairs + row * pair_stride);
@@ -235,7 +234,7 @@ struct QuantizedAttention {
       largest = Max(largest, product);
       Store(scores + key, product);
     }
-    // The key of the largest score has the weight 1: its product is not 0.
+    // The key of the largest score has the weight 1: 0 only where no key is seen.
     const float most_product = MaxOf(largest);
     *unit = most_product / kMostWeight;
     const Vec factor = Set(kMostWeight / most_product), limit = Set(kMostWeight);
@@ -262,19 +261,12 @@ struct QuantizedAttention {
     Store(factors, Exp2(Sub(old_most, new_most)));
     Store(steps, Exp2(Sub(Load(block_most), new_most)));
     for (int row = 0; row < kTileRows; ++row) {
-      float unit = 0.0f;
+      const std::int64_t seen = num_keys[row] < 0 ? 0 : num_keys[row];
+      float unit;
+      const Vec added = QuantizeWeights(scores + row * kKeyBlock, seen, num_pairs, block_most[row],
+                                        value_scales, &unit);
       float* const weights = sums.weights + row * kLanes;
-      Vec total = Mul(Set(factors[row]), Load(weights));
-      if (num_keys[row] > 0) {
-        const Vec added = QuantizeWeights(scores + row * kKeyBlock, num_keys[row], num_pairs,
-                                          block_most[row], value_scales, &unit);
-        total = Fma(Set(steps[row]), added, total);
-      } else {
-        for (std::int64_t pair = 0; pair < num_pairs; pair += kLanes) {
-          StoreI(scores + row * kKeyBlock + pair, ZeroI());
-        }
-      }
-      Store(weights, total);
+      Store(weights, Fma(Set(steps[row]), added, Mul(Set(factors[row]), Load(weights))));
       steps[row] *= unit;
     }
   }

@@ -53,7 +53,7 @@ inline void QuantizeInputs(const float* x, const float* factors, std::int64_t co
   Vec most = Zero(), poison = Zero();
   for (std::int64_t k = 0; k < count; k += kLanes) {
     const Vec values = Mul(LoadUpTo(x + k, count - k), Load(factors + k));
-    most = Max(most, Max(values, Sub(Zero(), values)));
+    most = Max(most, Magnitude(values));
     poison = Fma(values, Zero(), poison);  // NaN from inf and NaN: outputs are NaN, not wrong
   }
   constexpr float kMost = Format::kMostInput;

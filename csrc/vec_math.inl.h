@@ -1,5 +1,7 @@
 // Functions of a Vec, in float32 and without a branch. NaN in, NaN out.
 
+OVFAST_INLINE Vec Magnitude(Vec x) { return Max(x, Sub(Zero(), x)); }
+
 // e to the x, to about one unit in the last place: x = n · ln 2 + r, and 2 to the n in two factors,
 // so that it may be a subnormal number. 0 from -104 down, inf from 88.73 up.
 OVFAST_INLINE Vec Exp(Vec x) {
@@ -39,7 +41,7 @@ OVFAST_INLINE Vec GeluTanh(Vec x) {
 // Φ(-a) = exp(-a²/2) · t · P(t) with t = 1 / (1 + 0.35 · a), P fitted to 3.2e-8 on 0 ≤ a ≤ 15.
 OVFAST_INLINE Vec GeluErf(Vec x) {
   const Vec positive = Max(Zero(), x);
-  const Vec a = Min(Set(15.0f), Max(x, Sub(Zero(), x)));  // Φ(-15) is 0 in float32
+  const Vec a = Min(Set(15.0f), Magnitude(x));  // Φ(-15) is 0 in float32
   const Vec t = Div(Set(1.0f), Fma(a, Set(0.35f), Set(1.0f)));
   Vec p = Set(-0.02916393079f);
   p = Fma(p, t, Set(0.14406083300f));

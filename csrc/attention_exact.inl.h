@@ -1,4 +1,5 @@
-// Attention of many rows in float32.
+// Attention of many rows in float32: how attention_prefill.inl.h packs a block of keys and values
+// and adds it to a tile of queries beside weights that are not quantised.
 
 struct ExactAttention {
   // A block is its panels of keys, then its panels of values.

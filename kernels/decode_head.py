@@ -54,7 +54,7 @@ def _decode_head_kernel(
 ):
     block = tl.program_id(0)
     first_id = block * BLOCK_N
-    w = weight_tile(w_ptr, stride_wn, first_id, 0, H, V, BLOCK_N, BLOCK_K)
+    w = weight_tile(w_ptr, stride_wn, first_id, 0, H, V, BLOCK_N, BLOCK_K, H > BLOCK_K)
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

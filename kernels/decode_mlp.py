@@ -54,7 +54,7 @@ def _decode_gate_up_kernel(
     USE_PDL: tl.constexpr,
 ):
     first_row = tl.program_id(0) * BLOCK_N
-    w = weight_tile(w_ptr, stride_wn, first_row, 0, H, 2 * I, BLOCK_N, BLOCK_K)
+    w = weight_tile(w_ptr, stride_wn, first_row, 0, H, 2 * I, BLOCK_N, BLOCK_K, H > BLOCK_K)
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -62,7 +62,7 @@ def _decode_gate_up_kernel(
         w, w_ptr, stride_wn, first_row, residual_ptr, partials_ptr, norm_ptr, eps, num_rows,
         2 * I, H, NUM_PARTIALS, BLOCK_N, BLOCK_K, K_PARTS,
     )  # fmt: skip
-    dtype = w.dtype
+    dtype = mlp_ptr.dtype.element_ty
     out = out.to(dtype).to(tl.float32)
     gate, up = tl.split(tl.permute(tl.reshape(out, (BLOCK_N // 2, 2, 16)), (0, 2, 1)))
     silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)

@@ -66,7 +66,7 @@ def _decode_qkv_kernel(
 ):
     N: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
     first_row = tl.program_id(0) * BLOCK_N
-    w = weight_tile(w_ptr, stride_wn, first_row, 0, H, N, BLOCK_N, BLOCK_K)
+    w = weight_tile(w_ptr, stride_wn, first_row, 0, H, N, BLOCK_N, BLOCK_K, H > BLOCK_K)
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -78,7 +78,7 @@ def _decode_qkv_kernel(
         w, w_ptr, stride_wn, first_row, residual_ptr, partials_ptr, norm_ptr, eps, num_rows,
         N, H, NUM_PARTIALS, BLOCK_N, BLOCK_K, K_PARTS,
     )  # fmt: skip
-    dtype = w.dtype
+    dtype = q_ptr.dtype.element_ty
     bias = tl.load(bias_ptr + first_row + tl.arange(0, BLOCK_N)).to(tl.float32)
     out = (out + bias[:, None]).to(dtype).to(tl.float32)
 

@@ -65,19 +65,41 @@ def weight_tile(
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WORDS: tl.constexpr = False,
 ):
-    """(BLOCK_N, BLOCK_K), zero from column end_col on and outside the weight's N rows."""
+    """(BLOCK_N, BLOCK_K), zero from column end_col on and outside the weight's N rows.
+
+    WORDS: whether it holds words of 32 bits, whose numbers `dot_parts` takes out. Numbers of 16
+    bits that a loop carries are taken out where they were loaded, and in the projections of the
+    residual the product of the tile before would wait for them.
+    """
+    WIDTH: tl.constexpr = 32 // w_ptr.dtype.element_ty.primitive_bitwidth if WORDS else 1
+    if WORDS:
+        w_ptr = w_ptr.to(tl.pointer_type(tl.int32))
     rows = tl.arange(0, BLOCK_N)[:, None]
-    cols = tl.arange(0, BLOCK_K)[None, :]
-    mask = first_col + cols < end_col
+    cols = first_col // WIDTH + tl.arange(0, BLOCK_K // WIDTH)[None, :]
+    mask = cols < end_col // WIDTH
     if N % BLOCK_N != 0:
         mask = mask & (rows < N - first_row)
+    stride = stride_wn // WIDTH
     # int64: 2**31 elements are a head of 262 144 rows of 8192.
-    tile_ptr = w_ptr + first_row.to(tl.int64) * stride_wn + first_col
+    tile_ptr = w_ptr + first_row.to(tl.int64) * stride
     # Read once a step: L2 is for what the step reads again.
     return tl.load(
-        tile_ptr + rows * stride_wn + cols, mask=mask, other=0.0, eviction_policy="evict_first"
+        tile_ptr + rows * stride + cols, mask=mask, other=0, eviction_policy="evict_first"
     )
+
+
+@triton.jit
+def _numbers(words, DTYPE: tl.constexpr):
+    """(BLOCK_N, BLOCK_K) DTYPE of words of 32 bits."""
+    if DTYPE.primitive_bitwidth == 32:
+        numbers = words.to(DTYPE, bitcast=True)
+    else:
+        low = words.to(tl.int16).to(DTYPE, bitcast=True)
+        high = (words >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        numbers = tl.reshape(tl.join(low, high), (words.shape[0], 2 * words.shape[1]))
+    return numbers
 
 
 @triton.jit
@@ -102,8 +124,13 @@ def residual_tile(
 
 @triton.jit
 def dot_parts(acc, w, x, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_PARTS: tl.constexpr):
-    """Adds to acc (K_PARTS, BLOCK_N, 16): w (BLOCK_N, BLOCK_K) · x (16, BLOCK_K)ᵀ by parts of K."""
+    """Adds to acc (K_PARTS, BLOCK_N, 16): w (BLOCK_N, BLOCK_K) · x (16, BLOCK_K)ᵀ by parts of K.
+
+    w: of `weight_tile`, whose numbers have x's dtype.
+    """
     PART_K: tl.constexpr = BLOCK_K // K_PARTS
+    if w.dtype == tl.int32:
+        w = _numbers(w, x.dtype)
     w = tl.permute(tl.reshape(w, (BLOCK_N, K_PARTS, PART_K)), (1, 0, 2))
     x = tl.permute(tl.reshape(x, (16, K_PARTS, PART_K)), (1, 2, 0))
     return tl.dot(w, x, acc, input_precision="ieee")
@@ -133,7 +160,7 @@ def normed_product(
     rows of 8192 float32 are more than a program can keep. Where H is one tile, the two reads are
     one.
     """
-    dtype = w.dtype
+    dtype = norm_ptr.dtype.element_ty
     squares = tl.zeros((16,), dtype=tl.float32)
     for first_col in range(0, H, BLOCK_K):
         x = residual_tile(residual_ptr, partials_ptr, num_rows, first_col, H, NUM_PARTIALS, BLOCK_K)
@@ -142,7 +169,7 @@ def normed_product(
     acc = tl.zeros((K_PARTS, BLOCK_N, 16), dtype=tl.float32)
     for first_col in range(0, H, BLOCK_K):
         next_w = weight_tile(
-            w_ptr, stride_wn, first_row, first_col + BLOCK_K, H, N, BLOCK_N, BLOCK_K
+            w_ptr, stride_wn, first_row, first_col + BLOCK_K, H, N, BLOCK_N, BLOCK_K, H > BLOCK_K
         )
         x = residual_tile(residual_ptr, partials_ptr, num_rows, first_col, H, NUM_PARTIALS, BLOCK_K)
         cols = first_col + tl.arange(0, BLOCK_K)

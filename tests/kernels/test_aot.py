@@ -11,7 +11,7 @@ if INTERPRETING:
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
 from tests.kernels.aot_variants import COMPILES, DEFAULT_SM, MODULES, SM90_INSTRUCTIONS, read_table
-from tests.support.aot import TRITON_MINOR, Variant, compile_variant
+from tests.support.aot import TRITON_MINOR, Variant, compile_variant, early_weight_reads
 
 # Shared memory that one block may have: 163 KB on sm_80, 227 KB from sm_90 on.
 MAX_SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -48,6 +48,12 @@ def test_resources(
     assert resources.spill_instructions == 0
     assert resources.shared_bytes <= MAX_SHARED_BYTES[sm]
     assert resources.wide_loads >= variant.min_wide_loads
+    if variant.kernel_name in (
+        "_decode_qkv_kernel",
+        "_decode_gate_up_kernel",
+        "_decode_head_kernel",
+    ):
+        assert early_weight_reads(sass) == []
     own = SM90_INSTRUCTIONS.get((variant.kernel_name, variant.name), ()) if sm == 90 else ()
     for instruction in (*variant.instructions, *own):
         assert instruction in sass

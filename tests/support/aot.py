@@ -13,6 +13,9 @@ from triton.compiler import ASTSource
 
 TRITON_MINOR = ".".join(triton.__version__.split(".")[:2])
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_REGISTER = re.compile(r"\bR(\d+)\b")
+_LABEL = re.compile(r"\s*(\.L_x_\d+):")
+_BRANCH = re.compile(r"\bBRA\b.*\((\.L_x_\d+)\)")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -82,6 +85,30 @@ def compile_variant(variant: Variant, sm: int) -> tuple[Resources, str]:
         spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
     )
     return resources, sass
+
+
+def early_weight_reads(sass: str) -> list[str]:
+    """Instructions of a loop that wait for the weights of its next turn before its first product.
+
+    Weights are what is loaded "evict first"; a product is an HMMA.
+    """
+    lines = [re.sub(r"/\*.*?\*/", "", line).strip() for line in sass.splitlines()]
+    labels = {match[1]: at for at, line in enumerate(lines) if (match := _LABEL.match(line))}
+    found = []
+    for last, line in enumerate(lines):
+        branch = _BRANCH.search(line)
+        body = lines[labels.get(branch[1], last) : last] if branch else []
+        products = [at for at, one in enumerate(body) if "HMMA" in one]
+        pending: set[int] = set()
+        for one in body[: products[0]] if products else []:
+            target, _, operands = one.partition(",")
+            registers = {int(number) for number in _REGISTER.findall(operands)}
+            if re.search(r"\bLDG\S*\.EF\b", one):
+                first, width = int(_REGISTER.findall(target)[-1]), 4 if ".128" in target else 1
+                pending |= set(range(first, first + width))
+            elif pending & registers:
+                found.append(one)
+    return found
 
 
 def _source(variant: Variant) -> ASTSource:

@@ -17,7 +17,7 @@ from ovfast.anyres import VisualPlan
 from ovfast.ops import Ops
 from ovfast.reference_pixels import UInt8Array
 from ovfast.resize_table import resize_table, vertical_first
-from ovfast.staging import Staging
+from ovfast.staging import Staging, to_device
 
 __all__ = ["PixelLoader", "Pixels", "view_pixels"]
 
@@ -54,7 +54,7 @@ def view_pixels(views: UInt8Array, device: torch.device) -> Pixels:
     windows[:, 0] = np.arange(len(views)) * side * side * 3
     windows[:, 1:4] = (3 * side, side, side)
     buffer = torch.from_numpy(views).flatten()
-    return Pixels(buffer.to(device), torch.from_numpy(windows).to(device))
+    return Pixels(to_device(buffer, device), to_device(torch.from_numpy(windows), device))
 
 
 class PixelLoader:
@@ -118,10 +118,8 @@ class PixelLoader:
 
 def _device_table(device: torch.device, size_in: int, size_out: int) -> tuple[Tensor, Tensor]:
     table = resize_table(size_in, size_out)
-    return (
-        torch.from_numpy(table.first).to(device),
-        torch.from_numpy(table.coefficients).to(device),
-    )
+    first, coefficients = map(torch.from_numpy, (table.first, table.coefficients))
+    return to_device(first, device), to_device(coefficients, device)
 
 
 def _pictures_of(plan: VisualPlan) -> int:

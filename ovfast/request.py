@@ -13,6 +13,7 @@ from ovfast.model_inputs import ModelInputs
 from ovfast.outputs import FinishReason, GenerationOutput, StreamChunk, Timings, Usage
 from ovfast.runner import SlotState, StepResult
 from ovfast.sampling import SamplingParams, StopStrings, TokenLogprob
+from ovfast.staging import to_device
 from ovfast.text_tokenizer import IncrementalDecoder
 
 
@@ -86,7 +87,8 @@ class Request:
         seen = None
         if self.params.repetition_penalty != 1.0:
             seen = torch.zeros_like(logits, dtype=torch.bool)
-            seen[torch.from_numpy(np.unique(self.inputs.input_ids)).to(seen.device)] = True
+            ids = torch.from_numpy(np.unique(self.inputs.input_ids))
+            seen.index_fill_(0, to_device(ids, seen.device), True)
         return SlotState(logits, self.params, self.seed, self._stop_ids, self._max_new_tokens, seen)
 
     def accept(self, result: StepResult) -> None:

@@ -35,6 +35,7 @@ from ovfast.native_runner import NativeRunner
 from ovfast.ops import Ops
 from ovfast.runner import DecodeRunner, EagerRunner, SlotState, StepResult
 from ovfast.sampling import TokenLogprob
+from ovfast.staging import to_device
 
 __all__ = ["RowRunner", "make_runner"]
 
@@ -113,7 +114,7 @@ class RowRunner:
         group, row = self._free_row(state)
         state.num_prompt = self._cache.lengths[slot]
         entry = _Row(row, slot, state, state.num_prompt)
-        stop_ids = torch.tensor(sorted(state.stop_ids), dtype=torch.int64).to(self._device)
+        stop_ids = to_device(torch.tensor(sorted(state.stop_ids), dtype=torch.int64), self._device)
         group.rows[row] = entry  # first: whatever fails below, `cancel` finds the row
         group.state.admit(
             row,

@@ -1,7 +1,9 @@
-"""Host memory to the device without waiting: pinned buffers, a copy stream, events.
+"""Host memory to the device without waiting: from ordinary memory a copy would wait for the stream.
 
-A copy runs beside what the device computes; the caller's stream waits for it, the host does not,
-unless it comes to the same pinned buffer again. On a CPU the arrays are used where they lie.
+`Staging` is for what is large: pinned buffers, a copy stream, events. A copy runs beside what the
+device computes; the caller's stream waits for it, the host does not, unless it comes to the same
+pinned buffer again. `to_device` is for what is small, in the order of the caller's stream. On a CPU
+both use the arrays where they lie.
 """
 
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Staging"]
+__all__ = ["Staging", "to_device"]
 
 NUM_BUFFERS = 2  # one is filled by the host while the device reads the other
 
@@ -66,6 +68,20 @@ class Staging:
             buffer = _new_buffer(num_bytes)
         self._buffers.append(buffer)
         return buffer
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, ready for the current stream.
+
+    Args:
+        tensor: any shape and dtype; copied, so that it may change after the call (on a CPU it may
+            not).
+        device: where to.
+    """
+    if device.type != "cuda":
+        return tensor
+    # torch keeps the pinned block from other use until the copy has been made.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _new_buffer(num_bytes: int) -> _Buffer:

@@ -25,6 +25,7 @@ from ovfast.models.siglip import SiglipTower
 from ovfast.models.visual_rows import row_table
 from ovfast.ops import Ops
 from ovfast.pixels import PixelLoader, Pixels, view_pixels
+from ovfast.staging import to_device
 
 
 class Span(Protocol):
@@ -153,7 +154,7 @@ class LlavaOnevision:
             pictures; None for text alone.
         """
         ids = inputs.input_ids[part.start : part.stop]
-        token_ids = torch.from_numpy(ids.astype(np.int32)).to(self.device)
+        token_ids = to_device(torch.from_numpy(ids.astype(np.int32)), self.device)
         rows = inputs_embeds[part.start : part.stop]
         if not part.spans:
             self.language_model.embed(token_ids, out=rows)
@@ -184,7 +185,7 @@ class LlavaOnevision:
         Returns:
             (num_tokens, hidden_size).
         """
-        token_ids = torch.from_numpy(input_ids.astype(np.int32)).to(self.device)
+        token_ids = to_device(torch.from_numpy(input_ids.astype(np.int32)), self.device)
         rows = self.language_model.embed(token_ids)
         for first, own in features:
             rows[first : first + len(own)] = own

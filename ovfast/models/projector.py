@@ -1,15 +1,13 @@
 """The projector: features of pictures and videos to rows of the language model's input."""
 
 from functools import lru_cache, partial
-from typing import Any
 
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ovfast.models.parameters import Loader
 from ovfast.models.visual_rows import HostRowTable
 from ovfast.ops import PackedLinear, RowTable
+from ovfast.staging import Staging
 
 TABLES_KEPT = 32  # on the device: 36 bytes a row, 0.3 MB for the largest picture
 
@@ -23,7 +21,8 @@ class Projector:
         self._linear_1 = loader.linear("multi_modal_projector.linear_1", bias=True)
         self._linear_2 = loader.linear("multi_modal_projector.linear_2", bias=True)
         self.image_newline = loader.tensor("image_newline")
-        self._device_table = lru_cache(maxsize=TABLES_KEPT)(partial(_copy_table, loader.device))
+        copy_table = partial(_copy_table, Staging(loader.device))
+        self._device_table = lru_cache(maxsize=TABLES_KEPT)(copy_table)
 
     def project(self, features: Tensor) -> Tensor:
         """Projects rows without packing them, for stage comparisons.
@@ -70,9 +69,7 @@ class Projector:
 
 
 # Not a method: a cache of one would keep the weights alive after `close`.
-def _copy_table(device: torch.device, table: HostRowTable) -> RowTable:
-    def copy(array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
-    arrays = (copy(table.source_rows), copy(table.index), copy(table.weight))
-    return RowTable(*arrays, has_pooled=table.has_pooled)
+def _copy_table(staging: Staging, table: HostRowTable) -> RowTable:
+    # Beside the tower, which has been enqueued: in its own stream they would come after it.
+    source_rows, index, weight = map(staging.upload, (table.source_rows, table.index, table.weight))
+    return RowTable(source_rows, index, weight, has_pooled=table.has_pooled)

@@ -11,6 +11,7 @@ from ovfast.kv_cache import KVCache
 from ovfast.models.parameters import Loader
 from ovfast.models.rope import rope_table
 from ovfast.ops import Ops, PackedLinear
+from ovfast.staging import to_device
 
 MLP_ROWS = 1024  # rows of a prefill's MLP at a time: 40 MB of float32 at 0.5B, 155 MB at 7B
 
@@ -200,7 +201,7 @@ class Qwen2:
         else:
             attended = self._attend(qkv, rope, layer_cache, start, rows)
         if len(rows) < len(hidden_states):
-            hidden_states = hidden_states[list(rows)]
+            hidden_states = _take_rows(hidden_states, rows)
         ops.add_linear(attended, layer.o_proj, hidden_states)
         for first in range(0, len(rows), MLP_ROWS):
             block = hidden_states[first : first + MLP_ROWS]
@@ -227,6 +228,15 @@ class Qwen2:
         if len(rows) < num_tokens:
             return ops.causal_attention(q[list(rows)], k, v, [start + row for row in rows])
         return ops.causal_attention(q, k, v, range(start, stop))
+
+
+def _take_rows(hidden_states: Tensor, rows: Sequence[int]) -> Tensor:
+    """A copy of some rows: they are written to."""
+    if isinstance(rows, range):
+        return hidden_states[rows.start : rows.stop].clone()
+    # A list as an index would be copied to the device as it is, which waits for all layers.
+    index = torch.tensor(rows, dtype=torch.int64)
+    return hidden_states.index_select(0, to_device(index, hidden_states.device))
 
 
 def _wanted_rows(wanted: Sequence[int] | Tensor | None, num_tokens: int) -> Sequence[int]:

@@ -13,7 +13,14 @@ from ovfast.pixels import view_pixels
 from tests.support import runtime
 from tests.support.accuracy import assert_two_times_rule
 from tests.support.checkpoints import CheckpointSpec
-from tests.support.devices import quick_first, quick_kernel_params, requires_cuda
+from tests.support.devices import (
+    host_never_waits,
+    quick_first,
+    quick_kernel_params,
+    requires_cuda,
+)
+from tests.support.engines import open_engine
+from tests.support.prompts import picture
 from tests.support.requests import Image, Text, Video, make_request
 
 pytest.importorskip("triton", reason="needs triton")
@@ -168,3 +175,32 @@ def test_views_built_on_the_host_or_the_device_are_the_same(random_checkpoint):
     pixels = ours._pixel_loader.load(request.media, request.plans)
     host = view_pixels(request.views, torch.device("cuda"))
     assert torch.equal(ours.vision_tower.embed(pixels), ours.vision_tower.embed(host))
+
+
+@requires_cuda
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_the_host_does_not_wait_for_a_prefill(random_checkpoint):
+    """Not even where question, picture and clip have sizes that come for the first time."""
+    ours = load(random_checkpoint(REAL), "cuda", torch.bfloat16)
+    cache = ours.new_cache(num_slots=1, max_positions=8192)
+    first = make_request([Text(4), Image(480, 640), Text(3)], ours.config)
+    new = make_request([Text(9), Image(500, 900), Text(2), Video(2), Text(1)], ours.config)
+    ours.prefill(first, cache, 0)
+    cache.truncate(0, 0)
+    with host_never_waits():
+        logits = ours.prefill(new, cache, 0)
+    assert bool(torch.isfinite(logits).all())
+
+
+@requires_cuda
+@pytest.mark.gpu
+def test_the_host_waits_for_tokens_alone(random_checkpoint):
+    """The same through an engine, with all that admits a request and samples."""
+    options = {"device": "cuda", "max_seq_len": 8192, "cuda_graphs": False}
+    with open_engine(random_checkpoint(REAL), **options) as engine:
+        ask = {"max_new_tokens": 3, "ignore_eos": True, "repetition_penalty": 1.2}
+        engine.generate("What is it?", images=picture(480, 640), **ask)
+        with host_never_waits():
+            output = engine.generate("And what is this here?", images=picture(500, 900), **ask)
+    assert len(output.token_ids) == 3

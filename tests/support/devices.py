@@ -1,6 +1,8 @@
 """Where a kernel test runs: parameters for the interpreter on the CPU and for a CUDA device."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -44,3 +46,16 @@ def quick_first(quick: str, names: Iterable[str]) -> list[object]:
     """Parameters of which one is in the quick suite; a device has time for all."""
     slow = () if torch.cuda.is_available() else (pytest.mark.slow,)
     return [pytest.param(name, marks=() if name == quick else slow) for name in names]
+
+
+@contextmanager
+def host_never_waits() -> Iterator[None]:
+    """Raises where the host would wait for a stream; it may wait for events."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # says once that it may miss some ways to wait
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -100,15 +100,21 @@ class SiglipTower:
 
     def _run_layer(self, layer: _Layer, hidden_states: Tensor) -> None:
         ops, config = self._ops, self.config
-        norm = layer.layer_norm1
-        x = ops.layer_norm(hidden_states, norm.weight, norm.bias, config.layer_norm_eps)
+        # Each is freed when used: beside fc1's output only its input is left, half of all of them.
+        x = self._norm(layer.layer_norm1, hidden_states)
         qkv = ops.fused_linear(x, layer.qkv_proj)
+        del x
         attended = ops.view_attention(qkv, config.num_heads, config.tokens_per_view)
+        del qkv
         ops.fused_linear(attended, layer.out_proj, residual=hidden_states)
-        norm = layer.layer_norm2
-        x = ops.layer_norm(hidden_states, norm.weight, norm.bias, config.layer_norm_eps)
+        del attended
+        x = self._norm(layer.layer_norm2, hidden_states)
         x = ops.fused_linear(x, layer.fc1, activation="gelu_tanh")
         ops.fused_linear(x, layer.fc2, residual=hidden_states)
+
+    def _norm(self, norm: _Norm, hidden_states: Tensor) -> Tensor:
+        eps = self.config.layer_norm_eps
+        return self._ops.layer_norm(hidden_states, norm.weight, norm.bias, eps)
 
 
 def _load_layer(loader: Loader, index: int) -> _Layer:

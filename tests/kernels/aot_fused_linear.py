@@ -1,26 +1,45 @@
 """The specialisations of fused_linear that the tower and the projector launch."""
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 
 from ovfast.kernels import fused_linear as fl
 from tests.support.aot import Variant
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_TOKENS = 729  # of a view
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TOKENS = 729  # of a view
+VIEWS = range(1, 65)  # encoded at once
 
 
-def _variant(
-    name: str,
-    shape: tuple[int, int, int],
-    dtype: str = "bf16",
-    *,
-    activation: str | None = None,
-    residual: bool = False,
-    gather: bool = False,
-    tile: fl.Tile | None = None,
-) -> Variant:
-    num_rows, width, depth = shape
-    tile = tile or fl.launch_config(num_rows, width, _DTYPES[dtype])
+class Layer(NamedTuple):
+    """What a layer of SigLIP, or the projector's first, asks for."""
+
+    widths: tuple[int, ...]
+    depth: int
+    activation: str | None = None
+    residual: bool = False
+    gather: bool = False
+
+
+LAYERS = {
+    "qkv": Layer((3456,), 1152),
+    "out": Layer((1152,), 1152, residual=True),
+    "fc1": Layer((4304,), 1152, activation="gelu_tanh"),
+    "fc2": Layer((1152,), 4304, residual=True),
+    # Of the three language models. A width is not specialised but for being a multiple of 16.
+    "projector": Layer((896, 3584, 8192), 1152, activation="gelu_erf", gather=True),
+}
+_DEMO = Layer((192,), 144, activation="gelu_erf", gather=True)
+
+
+def variant_name(dtype: str, layer: str, tile: fl.Tile) -> str:
+    return f"{dtype}-{layer}-{tile.block_m}x{tile.block_n}"
+
+
+def _variant(name: str, layer: Layer, num_rows: int, width: int, dtype: str) -> Variant:
+    tile, depth = fl.launch_config(num_rows, width, DTYPES[dtype]), layer.depth
     arguments: dict[str, str | int] = {
         "x_ptr": f"*{dtype}",
         "weight_ptr": f"*{dtype}",
@@ -31,13 +50,13 @@ def _variant(
         "K": depth,
         "stride_xm": depth,
         "stride_wn": depth,
-        "stride_rm": width if residual else 0,
+        "stride_rm": width if layer.residual else 0,
         "stride_om": width,
     }
     absent = {}
     for pointer, used, kind in (
-        ("residual_ptr", residual, f"*{dtype}"),
-        ("rows_ptr", gather, "*i32"),
+        ("residual_ptr", layer.residual, f"*{dtype}"),
+        ("rows_ptr", layer.gather, "*i32"),
     ):
         if used:
             arguments[pointer] = kind
@@ -45,11 +64,11 @@ def _variant(
             absent[pointer] = None
     return Variant(
         kernel=fl._fused_linear_kernel,
-        name=f"{dtype}-{name}-{tile.block_m}x{tile.block_n}",
+        name=variant_name(dtype, name, tile),
         arguments=arguments,
         constexprs={
             **absent,
-            "ACTIVATION": activation,
+            "ACTIVATION": layer.activation,
             "EVEN_K": depth % tile.block_k == 0,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
@@ -66,32 +85,17 @@ def _variant(
     )
 
 
-def _tower_variants(num_views: int) -> tuple[Variant, ...]:
-    m = num_views * _TOKENS
-    return (
-        _variant("qkv", (m, 3456, 1152)),
-        _variant("out", (m, 1152, 1152), residual=True),
-        _variant("fc1", (m, 4304, 1152), activation="gelu_tanh"),
-        _variant("fc2", (m, 1152, 4304), residual=True),
-    )
+def _all() -> Iterator[Variant]:
+    for dtype in DTYPES:
+        for name, layer in LAYERS.items():
+            for width in layer.widths:
+                for num_views in VIEWS:
+                    yield _variant(name, layer, num_views * TOKENS, width, dtype)
+    yield _variant("demo", _DEMO, TOKENS, *_DEMO.widths, "bf16")
 
 
-_ALL = (
-    *_tower_variants(1),
-    *_tower_variants(7),
-    *_tower_variants(37),
-    _variant("qkv", (2 * _TOKENS, 3456, 1152)),
-    _variant("qkv", (10 * _TOKENS, 3456, 1152)),
-    _variant("projector", (7 * _TOKENS, 896, 1152), activation="gelu_erf", gather=True),
-    _variant("projector", (16 * _TOKENS, 896, 1152), activation="gelu_erf", gather=True),
-    _variant("projector", (7 * _TOKENS, 3584, 1152), activation="gelu_erf", gather=True),
-    _variant("demo", (_TOKENS, 192, 144), activation="gelu_erf", gather=True),
-    _variant("fc2", (7 * _TOKENS, 1152, 4304), "fp16", residual=True),
-    _variant("fc1", (7 * _TOKENS, 4304, 1152), "fp32", activation="gelu_tanh"),
-    _variant("fc2", (7 * _TOKENS, 1152, 4304), "fp32", residual=True),
-)
-# Two counts of views may share a tile.
-VARIANTS = tuple({variant.name: variant for variant in _ALL}.values())
+# Counts of views, and widths, share tiles.
+VARIANTS = tuple({variant.name: variant for variant in _all()}.values())
 
 # wgmma; float32 has no tensor core that keeps its bits.
 SM90_INSTRUCTIONS = {

@@ -1,11 +1,13 @@
 """The specialisations of project_and_place that the projectors of the models launch."""
 
+from collections.abc import Iterator
+
 import torch
 
 from ovfast.kernels import place
 from tests.support.aot import Variant
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def _pool_variant(dtype: str, width: int) -> Variant:
@@ -32,11 +34,15 @@ def _pool_variant(dtype: str, width: int) -> Variant:
     )
 
 
-def _variant(dtype: str, num_rows: int, width: int, *, pooled: bool = False) -> Variant:
-    tile = place.launch_config(num_rows, width, _DTYPES[dtype])
+def product_name(dtype: str, tile: place.Tile, *, pooled: bool) -> str:
+    return f"{dtype}-{tile.block_m}x{tile.block_n}" + ("-pooled" if pooled else "")
+
+
+def _variant(dtype: str, num_rows: int, width: int, *, pooled: bool) -> Variant:
+    tile = place.launch_config(num_rows, width, DTYPES[dtype])
     return Variant(
         kernel=place._project_and_place_kernel,
-        name=f"{dtype}-{width}-{tile.block_m}x{tile.block_n}" + ("-pooled" if pooled else ""),
+        name=product_name(dtype, tile, pooled=pooled),
         arguments={
             "hidden_ptr": f"*{dtype}",
             "index_ptr": "*i32",
@@ -72,17 +78,22 @@ def _variant(dtype: str, num_rows: int, width: int, *, pooled: bool = False) -> 
     )
 
 
-# 4725 rows: a picture of 1024 × 768, in the widths of the language models and of the demo's; 6273:
-# 32 frames; 770: a small picture.
-PRODUCTS = (
-    *(_variant("bf16", 4725, width) for width in (192, 896, 3584, 8192)),
-    _variant("bf16", 6273, 896, pooled=True),
-    _variant("bf16", 770, 896),
-    _variant("fp16", 4725, 3584),
-    _variant("fp32", 4725, 896),
-)
+def _products() -> Iterator[Variant]:
+    for dtype in DTYPES:
+        for pooled in (False, True):
+            for num_rows in ROWS:
+                yield _variant(dtype, num_rows, 896, pooled=pooled)
+
+
+# A picture of 1024 × 768, and the smallest. A width is not specialised but for being a multiple of
+# 64, as those of the language models and the demo's are.
+ROWS = (4725, 730)
+PRODUCTS = tuple({variant.name: variant for variant in _products()}.values())
 # 896: the block of every real language model; 41: no alignment to use.
-POOLS = tuple(_pool_variant(dtype, width) for dtype in ("bf16", "fp32") for width in (896, 41))
+POOLS = (
+    *(_pool_variant(dtype, 896) for dtype in DTYPES),
+    *(_pool_variant(dtype, 41) for dtype in ("bf16", "fp32")),
+)
 VARIANTS = (*PRODUCTS, *POOLS)
 
 # wgmma; float32 has no tensor core that keeps its bits.

@@ -10,6 +10,10 @@ pytest.importorskip("triton", reason="needs triton")
 if INTERPRETING:
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
+from ovfast.kernels import fused_linear as fl
+from ovfast.kernels import place
+from ovfast.ops_triton import VIEWS_A_STEP
+from tests.kernels import aot_fused_linear, aot_place
 from tests.kernels.aot_variants import COMPILES, DEFAULT_SM, MODULES, SM90_INSTRUCTIONS, read_table
 from tests.support.aot import TRITON_MINOR, Variant, compile_variant, early_weight_reads
 
@@ -60,6 +64,30 @@ def test_resources(
     versions = read_table()[variant.kernel_name][variant.name][f"sm_{sm}"]
     if TRITON_MINOR in versions:
         assert resources.as_dict() == versions[TRITON_MINOR], "intended? then `make aot-table`"
+
+
+# A tile changes with the count of 64 rows alone. The projector has any number of rows from one view
+# on, a placed prompt from one pooled frame on.
+@pytest.mark.parametrize("dtype", aot_fused_linear.DTYPES)
+def test_every_tile_that_is_reached_is_in_the_table(dtype: str) -> None:
+    torch_dtype, table = aot_fused_linear.DTYPES[dtype], read_table()
+    tokens, widths = aot_fused_linear.TOKENS, aot_fused_linear.LAYERS["projector"].widths
+    assert range(1, VIEWS_A_STEP + 1) == aot_fused_linear.VIEWS
+    for name, layer in aot_fused_linear.LAYERS.items():
+        rows = [num_views * tokens for num_views in aot_fused_linear.VIEWS]
+        if layer.gather:
+            rows = [tokens, *range(768, 2 * rows[-1], 64)]
+        tiles = {fl.launch_config(m, n, torch_dtype) for m in rows for n in layer.widths}
+        names = {aot_fused_linear.variant_name(dtype, name, tile) for tile in tiles}
+        assert names <= table["_fused_linear_kernel"].keys()
+    rows = [14 * 14 + 1, *range(256, 2 * 64 * tokens, 64)]
+    tiles = {place.launch_config(m, n, torch_dtype) for m in rows for n in widths}
+    for pooled in (False, True):
+        names = {aot_place.product_name(dtype, tile, pooled=pooled) for tile in tiles}
+        assert names <= table["_project_and_place_kernel"].keys()
+    assert {f"{dtype}-block{place.pool_config(n)[0]}" for n in widths} <= table[
+        "_pool_rows_kernel"
+    ].keys()
 
 
 def test_table_names_what_is_shipped() -> None:

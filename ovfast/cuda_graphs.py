@@ -4,6 +4,9 @@
 computed eagerly when first seen, which also compiles its kernels, and captured when it comes again:
 a shape seen once is not worth the capture. Captured work equals eager work bit for bit, as both
 launch the same kernels on the same values.
+
+What is captured shares one pool of memory, which comes free as a whole, with the last recording. So
+the pool counts until then, and where it leaves no room all recordings go.
 """
 
 import logging
@@ -27,10 +30,12 @@ class Captured(Protocol):
     """Work recorded for one shape.
 
     Attributes:
-        nbytes: device memory it holds.
+        nbytes: device memory of its own, free again when it is released.
+        pool_bytes: what the shared pool grew by for it, free again when all are released.
     """
 
     nbytes: int
+    pool_bytes: int
 
     def replay(self, tensor: Tensor | None) -> None:
         """Does what the recorded body does, to `tensor` if it takes one."""
@@ -42,7 +47,8 @@ class Captured(Protocol):
 class GraphCache:
     """Replays work by key under a ceiling of memory; the least recently used goes first.
 
-    Not thread-safe: called inside the engine's steps.
+    The ceiling holds after each `run`; a capture may pass it while it is made. Not thread-safe:
+    called inside the engine's steps.
 
     Args:
         capture: records a body, on a tensor of the shape it will be replayed with.
@@ -52,13 +58,14 @@ class GraphCache:
     def __init__(self, capture: Callable[[Body, Tensor | None], Captured], max_bytes: int) -> None:
         self._capture, self._max_bytes = capture, max_bytes
         self._graphs: OrderedDict[Hashable, Captured] = OrderedDict()
+        self._pool_bytes = 0
         self._seen: set[Hashable] = set()
         self._refused: set[Hashable] = set()
 
     @property
     def nbytes(self) -> int:
-        """Memory held by recordings."""
-        return sum(graph.nbytes for graph in self._graphs.values())
+        """Memory held by recordings and their pool."""
+        return self._pool_bytes + sum(graph.nbytes for graph in self._graphs.values())
 
     @property
     def keys(self) -> tuple[Hashable, ...]:
@@ -87,30 +94,48 @@ class GraphCache:
         """Frees all recordings."""
         while self._graphs:
             self._graphs.popitem()[1].release()
+        self._pool_bytes = 0
 
     def _record(self, key: Hashable, body: Body, tensor: Tensor | None) -> Captured | None:
         if self._max_bytes <= 0:
             return None
+        shares_pool = self.nbytes > 0
+        need_bytes = self._add(key, body, tensor)
+        if need_bytes > self._max_bytes and shares_pool:
+            # The pool is too large, perhaps for others' sake: what it takes alone is seen alone.
+            self.clear()
+            need_bytes = self._add(key, body, tensor)
+        if need_bytes > self._max_bytes:
+            logger.info(
+                "the graph of %r takes %d bytes, above graph_memory_bytes=%d; it runs without",
+                key,
+                need_bytes,
+                self._max_bytes,
+            )
+            self.clear()
+            self._refused.add(key)
+        self._evict(key)
+        return self._graphs.get(key)
+
+    def _add(self, key: Hashable, body: Body, tensor: Tensor | None) -> int:
+        """Captures; the bytes that would be held with all others evicted, 0 if it failed."""
         try:
             graph = self._capture(body, tensor)
         except RuntimeError as error:  # memory, or whatever else a capture does not allow
             logger.warning("capturing %r failed (%s); it runs without a graph", key, error)
+            self.clear()  # with the pool, which may have grown
             self._refused.add(key)
-            return None
-        if graph.nbytes > self._max_bytes:
-            logger.info(
-                "the graph of %r takes %d bytes, above graph_memory_bytes=%d; it runs without",
-                key,
-                graph.nbytes,
-                self._max_bytes,
-            )
-            graph.release()
-            self._refused.add(key)
-            return None
+            return 0
         self._graphs[key] = graph
-        while self.nbytes > self._max_bytes:
-            self._graphs.popitem(last=False)[1].release()
-        return graph
+        self._pool_bytes += graph.pool_bytes
+        return self._pool_bytes + graph.nbytes
+
+    def _evict(self, kept: Hashable) -> None:
+        """Releases the least recently used that hold memory of their own, but for one."""
+        for key in [key for key, graph in self._graphs.items() if graph.nbytes and key != kept]:
+            if self.nbytes <= self._max_bytes:
+                return
+            self._graphs.pop(key).release()
 
 
 def call(body: Body, tensor: Tensor | None) -> None:
@@ -125,8 +150,8 @@ class CudaCapture:
     """Records bodies as CUDA graphs that share one memory pool.
 
     They may share it because only one runs at a time and none keeps anything there between runs:
-    input and output live in a buffer of the graph's own. A graph's bytes are its buffer and what
-    the pool grew by; the pool's memory comes free with the last graph.
+    input and output live in a buffer of the graph's own. The pool's memory comes free with the last
+    graph; the next one begins a new pool.
 
     Args:
         device: of the tensors.
@@ -135,14 +160,16 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None  # torch names the handle's type privately
+        self._num_graphs = 0  # in the pool
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, body: Body, tensor: Tensor | None) -> Captured:
         with torch.cuda.device(self._device):
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
+            if self._stream is None:
                 # torch's own is of the device that captured first in the process.
                 self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            if self._num_graphs == 0:
+                self._pool = torch.cuda.graph_pool_handle()
             buffer = None if tensor is None else torch.zeros_like(tensor)
             # Capturing empties torch's cache, which would hide what the graph takes.
             torch.cuda.synchronize(self._device)
@@ -161,13 +188,23 @@ class CudaCapture:
             finally:
                 torch.cuda.set_stream(outer)  # a capture that fails leaves its own
             free_after, _ = torch.cuda.mem_get_info(self._device)
-        held = 0 if buffer is None else buffer.nbytes
-        return _CudaGraph(graph, buffer, held + max(0, free_before - free_after))
+        self._num_graphs += 1
+        return _CudaGraph(graph, buffer, max(0, free_before - free_after), self._released)
+
+    def _released(self) -> None:
+        self._num_graphs -= 1
 
 
 class _CudaGraph:
-    def __init__(self, graph: torch.cuda.CUDAGraph, buffer: Tensor | None, nbytes: int) -> None:
-        self._graph, self._buffer, self.nbytes = graph, buffer, nbytes
+    def __init__(
+        self,
+        graph: torch.cuda.CUDAGraph,
+        buffer: Tensor | None,
+        pool_bytes: int,
+        released: Callable[[], None],
+    ) -> None:
+        self._graph, self._buffer, self._released = graph, buffer, released
+        self.nbytes, self.pool_bytes = 0 if buffer is None else buffer.nbytes, pool_bytes
 
     def replay(self, tensor: Tensor | None) -> None:
         if tensor is None or self._buffer is None:
@@ -180,3 +217,4 @@ class _CudaGraph:
     def release(self) -> None:
         self._graph.reset()
         self._buffer = None
+        self._released()

@@ -1,5 +1,8 @@
 """What is captured, what is evicted and what runs eagerly, with a stand-in for the device."""
 
+import random
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -7,8 +10,9 @@ from ovfast.cuda_graphs import GraphCache
 
 
 class FakeGraph:
-    def __init__(self, body, nbytes: int, log: list[str]) -> None:
-        self.nbytes, self._body, self._log = nbytes, body, log
+    def __init__(self, device: "Device", body, nbytes: int, pool_bytes: int) -> None:
+        self.nbytes, self.pool_bytes = nbytes, pool_bytes
+        self._device, self._body, self._log = device, body, device.log
         self.released = False
 
     def replay(self, tensor):
@@ -20,20 +24,39 @@ class FakeGraph:
         assert not self.released
         self.released = True
         self._log.append("release")
+        self._device.release(self)
 
 
 class Device:
-    """Captures to FakeGraphs of as many bytes as the tensor has elements."""
+    """Captures to FakeGraphs of as many bytes as the tensor has elements.
 
-    def __init__(self) -> None:
+    Bodies work in one pool, in `scratch` bytes by size: it grows to the most that any needed, and
+    is free when no graph is left.
+    """
+
+    def __init__(self, scratch: Callable[[int], int] = lambda size: 0) -> None:
         self.log: list[str] = []
         self.full = False
+        self.scratch, self.pool_bytes = scratch, 0
+        self.graphs: list[FakeGraph] = []
+
+    @property
+    def held_bytes(self) -> int:
+        return self.pool_bytes + sum(graph.nbytes for graph in self.graphs)
 
     def capture(self, body, tensor):
+        before = self.pool_bytes
         if self.full:
+            self.pool_bytes += 1 if self.graphs else 0  # half a capture
             raise torch.OutOfMemoryError("no memory")
         self.log.append("capture")
-        return FakeGraph(body, tensor.numel(), self.log)
+        self.pool_bytes = max(before, self.scratch(tensor.numel()))
+        self.graphs.append(FakeGraph(self, body, tensor.numel(), self.pool_bytes - before))
+        return self.graphs[-1]
+
+    def release(self, graph: FakeGraph) -> None:
+        self.graphs.remove(graph)
+        self.pool_bytes = self.pool_bytes if self.graphs else 0
 
     def body(self, tensor):
         self.log.append("body")
@@ -80,10 +103,13 @@ def test_one_that_never_fits_is_tried_once(device, caplog):
     device.run(cache, 2)
     device.run(cache, 6)
     with caplog.at_level("INFO", logger="ovfast"):
-        assert device.run(cache, 6) == ["capture", "release", "body"]
+        assert device.run(cache, 6) == [
+            *("capture", "release", "release"),  # with the pool that both had
+            *("capture", "release", "body"),  # alone, and still too large
+        ]
     assert "graph_memory_bytes=5" in caplog.text
     assert device.run(cache, 6) == ["body"]
-    assert cache.keys == (2,), "what fits stays"
+    assert device.run(cache, 2) == ["capture", "replay", "body"], "what fits comes again"
 
 
 def test_a_ceiling_of_zero_captures_nothing(device):
@@ -99,6 +125,45 @@ def test_without_memory_it_runs_eagerly(device, caplog):
     assert "it runs without a graph" in caplog.text
     device.full = False
     assert device.run(cache, 3) == ["body"], "asked once"
+
+
+def test_the_least_recently_used_leave_a_pool_of_its_size():
+    device = Device(lambda size: 10 * size)
+    cache = GraphCache(device.capture, 100)
+    for key in (4, 4, 3, 3, 2, 2):
+        device.run(cache, key)
+    assert (cache.keys, cache.nbytes) == ((4, 3, 2), 40 + 9)
+    device.run(cache, 9)
+    assert device.run(cache, 9) == ["capture", *["release"] * 3, "replay", "body"]
+    assert (cache.keys, cache.nbytes, device.held_bytes) == ((9,), 99, 99)
+
+
+def test_a_pool_without_room_goes_with_all_that_use_it():
+    device = Device({4: 90, 5: 0, 20: 10}.__getitem__)
+    cache = GraphCache(device.capture, 100)
+    for key in (4, 4, 5, 5):
+        device.run(cache, key)
+    assert (cache.keys, cache.nbytes) == ((4, 5), 99)
+    device.run(cache, 20)
+    # Beside the pool of 90 there is no room for it, whoever is released: it begins a new one.
+    assert device.run(cache, 20) == [
+        *("capture", "release", "release", "release"),
+        *("capture", "replay", "body"),
+    ]
+    assert (cache.keys, cache.nbytes, device.held_bytes) == ((20,), 30, 30)
+    assert device.run(cache, 5) == ["capture", "replay", "body"], "what has gone comes again"
+
+
+@pytest.mark.parametrize("pool", ["none", "grows", "any"])
+def test_the_ceiling_holds_whatever_comes(pool):
+    needs = {"none": lambda size: 0, "grows": lambda size: 2 * size, "any": lambda size: size**3}
+    device, rng = Device(lambda size: needs[pool](size) % 70), random.Random(pool)
+    cache = GraphCache(device.capture, 60)
+    for _ in range(2000):
+        device.full = rng.random() < 0.01
+        device.run(cache, rng.randint(1, 40))
+        assert device.held_bytes <= cache.nbytes <= 60
+    assert cache.keys
 
 
 def test_clear_releases_all(device):

@@ -21,7 +21,7 @@ from tests.support.devices import (
 )
 from tests.support.engines import open_engine
 from tests.support.prompts import picture
-from tests.support.requests import Image, Text, Video, make_request
+from tests.support.requests import Image, Request, Span, Text, Video, make_request
 
 pytest.importorskip("triton", reason="needs triton")
 
@@ -33,6 +33,7 @@ REAL = CheckpointSpec(
     vision_hidden=1152, vision_mlp=4304, vision_heads=16, image_size=384, hidden=896, heads=14,
     head_dim=64, dtype=torch.bfloat16,
 )  # fmt: skip
+WIDE = dataclasses.replace(REAL, hidden=3584, heads=28, head_dim=128)
 # Every kind of row: kept, shrunk and pooled tokens, newlines, text at both ends and between.
 REQUESTS = {
     "text": [Text(5)],
@@ -41,6 +42,8 @@ REQUESTS = {
     "two_images": [Image(50, 90), Text(2), Image(56, 56), Text(1)],
     "mixed": [Text(2), Video(2), Text(1), Image(8, 110)],
 }
+REAL_REQUEST = [Text(5), Image(700, 1000), Text(3), Video(3, 240, 320), Text(2)]
+REAL_SIZES_HW = [(480, 640), (768, 1024), (300, 900), (1000, 200)]
 FLOAT32_BOUND = 1e-5  # of the largest magnitude: rounding of two layers, as in test_parity_stages
 
 
@@ -70,20 +73,70 @@ def assert_same(out, expected):
         assert float((out.float() - expected.float()).abs().max()) <= bound
 
 
+def check_rows(path, device, dtype, parts, oracle_device="cpu"):
+    ours = load(path, device, dtype)
+    assert ours.vision_tower._ops.where["view_attention"] == "triton"
+    request = make_request(parts, ours.config)
+    rows = ours.build_inputs_embeds(request).cpu()
+    plain = load(path, oracle_device, dtype, "reference").build_inputs_embeds(request)
+    exact = load(path, oracle_device, torch.float32, "reference").build_inputs_embeds(request)
+    assert_as_exact(rows, plain.cpu(), exact.cpu())
+    if device == "cuda":
+        for _ in range(3):
+            assert torch.equal(ours.build_inputs_embeds(request).cpu(), rows), "not the same twice"
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("name", quick_first("mixed", REQUESTS))
 @pytest.mark.parametrize(("device", "dtype"), quick_kernel_params())
 def test_rows_of_inputs_embeds(random_checkpoint, device, dtype, name):
-    path = random_checkpoint(TINY)
-    ours = load(path, device, dtype)
-    assert ours.vision_tower._ops.where["view_attention"] == "triton"
-    request = make_request(REQUESTS[name], ours.config)
-    rows = ours.build_inputs_embeds(request).cpu()
-    plain = load(path, "cpu", dtype, "reference").build_inputs_embeds(request)
-    exact = load(path, "cpu", torch.float32, "reference").build_inputs_embeds(request)
-    assert_as_exact(rows, plain, exact)
-    if device == "cuda":
-        assert torch.equal(ours.build_inputs_embeds(request).cpu(), rows), "not the same twice"
+    check_rows(random_checkpoint(TINY), device, dtype, REQUESTS[name])
+
+
+@requires_cuda
+@pytest.mark.gpu
+@torch.inference_mode()
+@pytest.mark.parametrize("spec", [REAL, WIDE], ids=["896", "3584"])
+def test_real_rows_of_inputs_embeds(random_checkpoint, spec):
+    check_rows(random_checkpoint(spec), "cuda", torch.bfloat16, REAL_REQUEST, "cuda")
+
+
+def only(request, index):
+    """One picture or video of a request, without any text."""
+    span, plan = request.spans[index], request.plans[index]
+    first = sum(plan.num_views for plan in request.plans[:index])
+    return Request(
+        input_ids=request.input_ids[span.start : span.end],
+        spans=(Span(0, plan.num_tokens, 0),),
+        plans=(plan,),
+        views=request.views[first : first + plan.num_views],
+        images=(),
+        media=request.media[index : index + 1],
+    )
+
+
+def check_rows_alone(ours, parts):
+    """A picture's tiles are others beside a video, and its kept rows pass through the pooling."""
+    request = make_request(parts, ours.config)
+    rows = ours.build_inputs_embeds(request)
+    for index, span in enumerate(request.spans):
+        alone = ours.build_inputs_embeds(only(request, index))
+        assert_same(alone, rows[span.start : span.end])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("device", "dtype"), quick_kernel_params())
+def test_rows_do_not_depend_on_what_is_beside_them(random_checkpoint, device, dtype):
+    parts = [Text(2), Video(1), Text(1), Image(56, 50)]
+    check_rows_alone(load(random_checkpoint(TINY), device, dtype), parts)
+
+
+@requires_cuda
+@pytest.mark.gpu
+@torch.inference_mode()
+@pytest.mark.parametrize("spec", [REAL, WIDE], ids=["896", "3584"])
+def test_real_rows_do_not_depend_on_what_is_beside_them(random_checkpoint, spec):
+    check_rows_alone(load(random_checkpoint(spec), "cuda", torch.bfloat16), REAL_REQUEST)
 
 
 @torch.inference_mode()
@@ -153,17 +206,48 @@ def test_graph_equals_eager(random_checkpoint, num_views, monkeypatch):
 @torch.inference_mode()
 def test_a_hundred_pictures_leak_nothing(random_checkpoint):
     ours = load(random_checkpoint(REAL), "cuda", torch.bfloat16)
-    sizes = [(480, 640), (768, 1024), (300, 900), (1000, 200)]
 
     def run(count: int) -> int:
         for index in range(count):
-            request = make_request([Text(4), Image(*sizes[index % 4])], ours.config)
+            request = make_request([Text(4), Image(*REAL_SIZES_HW[index % 4])], ours.config)
             ours.build_inputs_embeds(request)
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
 
     before = run(20)
     assert run(100) <= before
+
+
+@requires_cuda
+@pytest.mark.gpu
+def test_graphs_that_come_and_go_leak_nothing(random_checkpoint):
+    """Under a ceiling a little below what all take, some go each time that all have come."""
+    pictures = [picture(*size_hw) for size_hw in REAL_SIZES_HW]
+    with open_engine(random_checkpoint(REAL), device="cuda", max_seq_len=8192) as engine:
+        graphs = engine._model._graphs
+
+        def ask_all(times: int) -> None:
+            for pixels in pictures * times:
+                for _ in range(2):  # what comes again is captured
+                    engine.generate("What?", images=pixels, max_new_tokens=4, ignore_eos=True)
+                assert graphs.nbytes <= graphs._max_bytes
+
+        def held_bytes() -> tuple[int, int]:
+            graphs.clear()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+        ask_all(2)
+        num_graphs, graphs._max_bytes = len(graphs.keys), graphs.nbytes - (1 << 20)
+        held_bytes()
+        ask_all(2)
+        assert 0 < len(graphs.keys) < num_graphs
+        allocated, reserved = held_bytes()
+        ask_all(10)
+        after = held_bytes()
+        assert after[0] <= allocated
+        assert after[1] <= reserved
 
 
 @requires_cuda

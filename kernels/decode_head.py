@@ -37,6 +37,7 @@ def _decode_head_kernel(
     partials_ptr,
     norm_ptr,
     w_ptr,
+    scales_ptr,  # None: the weight is not float8
     logits_ptr,
     forbidden_ptr,
     block_max_ptr,
@@ -59,8 +60,8 @@ def _decode_head_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     logits = normed_product(
-        w, w_ptr, stride_wn, first_id, residual_ptr, partials_ptr, norm_ptr, eps, num_rows,
-        V, H, NUM_PARTIALS, BLOCK_N, BLOCK_K, K_PARTS,
+        w, w_ptr, scales_ptr, stride_wn, first_id, residual_ptr, partials_ptr, norm_ptr, eps,
+        num_rows, V, H, NUM_PARTIALS, BLOCK_N, BLOCK_K, K_PARTS,
     )  # fmt: skip
     ids = first_id + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, 16)
@@ -157,6 +158,7 @@ def decode_head(
     block_max: torch.Tensor,
     block_argmax: torch.Tensor,
     *,
+    scales: torch.Tensor | None = None,
     num_rows: int = ROWS,
     pdl: bool = False,
 ) -> None:
@@ -165,13 +167,15 @@ def decode_head(
     Args:
         residual_in: (16, H) float32.
         partials: (S, 16, H) float32, added to it in order, or None.
-        norm_weight: (H,), dtype of weight.
+        norm_weight: (H,), dtype of weight; beside float8 any of the others, which then is meant
+            by "dtype of weight".
         eps: of the norm.
-        weight: (V, H) float32, float16 or bfloat16.
+        weight: (V, H) float32, float16, bfloat16 or float8.
         logits: (16, V) float32, written.
         forbidden: (V,) int8, not 0 for an id that may not be chosen.
         block_max: (16, head_blocks(V)) float32, written.
         block_argmax: (16, head_blocks(V)) int32, written.
+        scales: float32, one for each row of a float8 weight; None for others.
         num_rows: rows from here on are neither read nor written.
         pdl: programmatic dependent launch; sm_90 and later.
 
@@ -179,7 +183,7 @@ def decode_head(
         TypeError: an argument has the wrong dtype.
         ValueError: a wrong shape, device or stride.
     """
-    num_partials = check_normed(residual_in, partials, norm_weight, weight, num_rows)
+    num_partials = check_normed(residual_in, partials, norm_weight, weight, scales, num_rows)
     vocab_size, hidden_size = weight.shape
     num_blocks, device = head_blocks(vocab_size), weight.device
     check_tensor("logits", logits, (ROWS, vocab_size), torch.float32, device)
@@ -194,6 +198,7 @@ def decode_head(
             residual_in if partials is None else partials,
             norm_weight,
             weight,
+            scales,
             logits,
             forbidden,
             block_max,
@@ -283,7 +288,7 @@ def embed_rows(
         TypeError: an argument has the wrong dtype.
         ValueError: a wrong shape, device or stride.
     """
-    check_weight(embed_tokens)
+    check_weight(embed_tokens, None, embed_tokens.dtype)
     width, device = embed_tokens.shape[1], embed_tokens.device
     check_tensor("tokens", tokens, (ROWS,), torch.int32, device)
     check_tensor("residual_out", residual_out, (ROWS, width), torch.float32, device)

@@ -26,6 +26,7 @@ from ovfast.kernels.decode_tiles import (
     check_weight,
     dot_parts,
     normed_product,
+    scaled_sum,
     split_tiles,
     store_partial,
     store_residual,
@@ -40,6 +41,7 @@ def _decode_gate_up_kernel(
     residual_out_ptr,
     norm_ptr,
     w_ptr,
+    scales_ptr,  # None: the weight is not float8
     mlp_ptr,
     eps,
     num_rows,
@@ -59,8 +61,8 @@ def _decode_gate_up_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     out = normed_product(
-        w, w_ptr, stride_wn, first_row, residual_ptr, partials_ptr, norm_ptr, eps, num_rows,
-        2 * I, H, NUM_PARTIALS, BLOCK_N, BLOCK_K, K_PARTS,
+        w, w_ptr, scales_ptr, stride_wn, first_row, residual_ptr, partials_ptr, norm_ptr, eps,
+        num_rows, 2 * I, H, NUM_PARTIALS, BLOCK_N, BLOCK_K, K_PARTS,
     )  # fmt: skip
     dtype = mlp_ptr.dtype.element_ty
     out = out.to(dtype).to(tl.float32)
@@ -77,6 +79,7 @@ def _decode_gate_up_kernel(
 def _decode_down_kernel(
     mlp_ptr,
     w_ptr,
+    scales_ptr,  # None: the weight is not float8
     partials_ptr,
     num_rows,
     stride_wn,
@@ -107,7 +110,8 @@ def _decode_down_kernel(
         acc = dot_parts(acc, w, x, BLOCK_N, BLOCK_K, K_PARTS)
         w = next_w
         first_col = next_col
-    store_partial(partials_ptr, tl.sum(acc, 0), split, first_row, num_rows, H, BLOCK_N)
+    out = scaled_sum(acc, scales_ptr, first_row, H, BLOCK_N, mlp_ptr.dtype.element_ty)
+    store_partial(partials_ptr, out, split, first_row, num_rows, H, BLOCK_N)
 
 
 def gate_up_config(hidden_size: int, dtype: torch.dtype) -> Blocks:
@@ -171,6 +175,7 @@ def decode_gate_up(
     weight: torch.Tensor,
     mlp: torch.Tensor,
     *,
+    scales: torch.Tensor | None = None,
     num_rows: int = ROWS,
     pdl: bool = False,
 ) -> None:
@@ -180,10 +185,12 @@ def decode_gate_up(
         residual_in: (16, H) float32.
         partials: (S, 16, H) float32, added to it in order, or None.
         residual_out: (16, H) float32, the sum; another buffer than residual_in.
-        norm_weight: (H,), dtype of weight.
+        norm_weight: (H,), dtype of weight; beside float8 any of the others, which then is meant
+            by "dtype of weight".
         eps: of the norm.
-        weight: (2 · I, H) float32, float16 or bfloat16, packed by `pack_gate_up_rows`.
+        weight: (2 · I, H) float32, float16, bfloat16 or float8, packed by `pack_gate_up_rows`.
         mlp: (16, I), dtype of weight, written.
+        scales: float32, one for each row of a float8 weight; None for others.
         num_rows: rows from here on are neither read nor written.
         pdl: programmatic dependent launch; sm_90 and later.
 
@@ -191,12 +198,12 @@ def decode_gate_up(
         TypeError: an argument has the wrong dtype.
         ValueError: a wrong shape, device or stride.
     """
-    num_partials = check_normed(residual_in, partials, norm_weight, weight, num_rows)
+    num_partials = check_normed(residual_in, partials, norm_weight, weight, scales, num_rows)
     check_residual_out(residual_out, residual_in)
     if weight.shape[0] % 2:
         raise ValueError(f"weight has {weight.shape[0]} rows; expected gate and up, 2 · I")
     intermediate_size = weight.shape[0] // 2
-    check_tensor("mlp", mlp, (ROWS, intermediate_size), weight.dtype, weight.device)
+    check_tensor("mlp", mlp, (ROWS, intermediate_size), norm_weight.dtype, weight.device)
     blocks = gate_up_config(weight.shape[1], weight.dtype)
     # Without the guard Triton launches on device 0; on CPU tensors it does nothing.
     with torch.cuda.device_of(weight):
@@ -206,6 +213,7 @@ def decode_gate_up(
             residual_out,
             norm_weight,
             weight,
+            scales,
             mlp,
             eps,
             num_rows,
@@ -227,15 +235,17 @@ def decode_down(
     weight: torch.Tensor,
     partials_out: torch.Tensor,
     *,
+    scales: torch.Tensor | None = None,
     num_rows: int = ROWS,
     pdl: bool = False,
 ) -> None:
     """Multiplies mlp by down, in partial sums along K.
 
     Args:
-        mlp: (16, I), dtype of weight.
-        weight: (H, I) float32, float16 or bfloat16.
+        mlp: (16, I), dtype of weight; beside float8 any of the others.
+        weight: (H, I) float32, float16, bfloat16 or float8.
         partials_out: (down_splits(H, I), 16, H) float32, written.
+        scales: float32, one for each row of a float8 weight; None for others.
         num_rows: rows from here on are neither read nor written.
         pdl: programmatic dependent launch; sm_90 and later.
 
@@ -244,11 +254,11 @@ def decode_down(
         ValueError: a wrong shape, device or stride.
     """
     check_num_rows(num_rows)
-    check_weight(weight)
+    dtype = check_weight(weight, scales, mlp.dtype)
     hidden_size, intermediate_size = weight.shape
     splits, tiles = _down_tiles(hidden_size, intermediate_size)
     device = weight.device
-    check_tensor("mlp", mlp, (ROWS, intermediate_size), weight.dtype, device)
+    check_tensor("mlp", mlp, (ROWS, intermediate_size), dtype, device)
     check_tensor("partials_out", partials_out, (splits, ROWS, hidden_size), torch.float32, device)
     blocks = down_config(hidden_size)
     grid = (triton.cdiv(hidden_size, blocks.BLOCK_N), splits)
@@ -256,6 +266,7 @@ def decode_down(
         _decode_down_kernel[grid](
             mlp,
             weight,
+            scales,
             partials_out,
             num_rows,
             weight.stride(0),

@@ -21,11 +21,13 @@ import triton.language as tl
 
 from ovfast.kernels.decode_tiles import (
     ROWS,
+    TRITON_DTYPES,
     Blocks,
     check_num_rows,
     check_tensor,
     check_weight,
     dot_parts,
+    scaled_sum,
     split_tiles,
     store_partial,
     weight_tile,
@@ -87,6 +89,7 @@ def _decode_out_kernel(
     slots_ptr,
     positions_ptr,
     w_ptr,
+    scales_ptr,  # None: the weight is not float8
     partials_ptr,
     num_rows,
     max_splits,
@@ -100,6 +103,7 @@ def _decode_out_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     K_PARTS: tl.constexpr,
+    DTYPE: tl.constexpr,  # to which the heads are rounded
     USE_PDL: tl.constexpr,
 ):
     K: tl.constexpr = NUM_HEADS * HEAD_DIM
@@ -125,10 +129,11 @@ def _decode_out_kernel(
             acc_ptr, m_ptr, l_ptr, counts, first_col // HEAD_DIM, max_splits,
             NUM_HEADS, HEAD_DIM, BLOCK_K // HEAD_DIM, SPLITS_AT_ONCE,
         )  # fmt: skip
-        out = dot_parts(out, w, x.to(w.dtype), BLOCK_N, BLOCK_K, K_PARTS)
+        out = dot_parts(out, w, x.to(DTYPE), BLOCK_N, BLOCK_K, K_PARTS)
         w = next_w
         first_col = next_col
-    store_partial(partials_ptr, tl.sum(out, 0), part, first_row, num_rows, H, BLOCK_N)
+    out = scaled_sum(out, scales_ptr, first_row, H, BLOCK_N, DTYPE)
+    store_partial(partials_ptr, out, part, first_row, num_rows, H, BLOCK_N)
 
 
 def launch_config(hidden_size: int) -> Blocks:
@@ -174,6 +179,8 @@ def decode_out(
     weight: torch.Tensor,
     partials_out: torch.Tensor,
     *,
+    scales: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
     num_rows: int = ROWS,
     pdl: bool = False,
 ) -> None:
@@ -185,8 +192,10 @@ def decode_out(
         l: as m.
         slots: (16,) int32, -1 for a row without a request.
         positions: (16,) int32, below 256 · max_splits where the slot is not -1.
-        weight: (H, num_heads · d) float32, float16 or bfloat16.
+        weight: (H, num_heads · d) float32, float16, bfloat16 or float8.
         partials_out: (out_splits(H, num_heads · d), 16, H) float32, written.
+        scales: float32, one for each row of a float8 weight; None for others.
+        dtype: to which heads are rounded; None is the weight's, which float8 cannot be.
         num_rows: rows from here on are neither read nor written.
         pdl: programmatic dependent launch; sm_90 and later.
 
@@ -195,7 +204,7 @@ def decode_out(
         ValueError: a wrong shape, device or stride.
     """
     check_num_rows(num_rows)
-    check_weight(weight)
+    heads_dtype = check_weight(weight, scales, dtype or weight.dtype)
     head_dim = _check_acc(acc)
     num_heads, max_splits = acc.shape[1:3]
     hidden_size, in_features = weight.shape
@@ -209,8 +218,8 @@ def decode_out(
         ("acc", acc, tuple(acc.shape), torch.float32),
         ("partials_out", partials_out, (splits, ROWS, hidden_size), torch.float32),
     )
-    for name, tensor, shape, dtype in expected:
-        check_tensor(name, tensor, shape, dtype, weight.device, contiguous=name != "weight")
+    for name, tensor, shape, wanted in expected:
+        check_tensor(name, tensor, shape, wanted, weight.device, contiguous=name != "weight")
     blocks = launch_config(hidden_size)
     grid = (triton.cdiv(hidden_size, blocks.BLOCK_N), splits)
     # Without the guard Triton launches on device 0; on CPU tensors it does nothing.
@@ -222,6 +231,7 @@ def decode_out(
             slots,
             positions,
             weight,
+            scales,
             partials_out,
             num_rows,
             max_splits,
@@ -232,6 +242,7 @@ def decode_out(
             TILES=tiles,
             SPLIT=SPLIT,
             SPLITS_AT_ONCE=SPLITS_AT_ONCE,
+            DTYPE=TRITON_DTYPES[heads_dtype],
             USE_PDL=pdl,
             **blocks.meta(),
             **blocks.options(),

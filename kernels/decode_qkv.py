@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ovfast.kernels.decode_tiles import (
+    FLOAT8,
     RESIDUAL_BLOCK,
     ROWS,
     Blocks,
@@ -36,6 +37,7 @@ def _decode_qkv_kernel(
     residual_out_ptr,
     norm_ptr,
     w_ptr,
+    scales_ptr,  # None: the weight is not float8
     bias_ptr,
     cos_ptr,
     sin_ptr,
@@ -75,8 +77,8 @@ def _decode_qkv_kernel(
     used = slots >= 0
     positions = tl.load(positions_ptr + rows, mask=used, other=0).to(tl.int64)
     out = normed_product(
-        w, w_ptr, stride_wn, first_row, residual_ptr, partials_ptr, norm_ptr, eps, num_rows,
-        N, H, NUM_PARTIALS, BLOCK_N, BLOCK_K, K_PARTS,
+        w, w_ptr, scales_ptr, stride_wn, first_row, residual_ptr, partials_ptr, norm_ptr, eps,
+        num_rows, N, H, NUM_PARTIALS, BLOCK_N, BLOCK_K, K_PARTS,
     )  # fmt: skip
     dtype = q_ptr.dtype.element_ty
     bias = tl.load(bias_ptr + first_row + tl.arange(0, BLOCK_N)).to(tl.float32)
@@ -128,7 +130,9 @@ def launch_config(hidden_size: int, head_dim: int, dtype: torch.dtype) -> Blocks
         return Blocks(16, min(max(triton.next_power_of_2(hidden_size), 64), 256), 4, 8)
     if hidden_size <= 1024:
         return Blocks(16, max(triton.next_power_of_2(hidden_size), 128), 8, 8)
-    return Blocks(16 if head_dim % 32 else 32, 256, 4, 4)
+    # On 4 warps float8 spilled registers at 72B on sm_100.
+    parts = 8 if dtype == FLOAT8 else 4
+    return Blocks(16 if head_dim % 32 else 32, 256, parts, parts)
 
 
 def pack_qkv_rows(num_heads: int, num_kv_heads: int, head_dim: int) -> torch.Tensor:
@@ -167,6 +171,7 @@ def decode_qkv(
     *,
     num_heads: int,
     num_kv_heads: int,
+    scales: torch.Tensor | None = None,
     num_rows: int = ROWS,
     pdl: bool = False,
 ) -> None:
@@ -176,10 +181,11 @@ def decode_qkv(
         residual_in: (16, H) float32.
         partials: (S, 16, H) float32, added to it in order, or None.
         residual_out: (16, H) float32, the sum; another buffer than residual_in.
-        norm_weight: (H,), dtype of weight.
+        norm_weight: (H,), dtype of weight; beside float8 any of the others, which then is meant
+            by "dtype of weight".
         eps: of the norm.
-        weight: ((num_heads + 2 · num_kv_heads) · d, H) float32, float16 or bfloat16, packed by
-            `pack_qkv_rows`.
+        weight: ((num_heads + 2 · num_kv_heads) · d, H) float32, float16, bfloat16 or float8,
+            packed by `pack_qkv_rows`.
         bias: one for each row of weight, its dtype, packed alike.
         cos: (max_positions, d / 2), dtype of weight.
         sin: as cos.
@@ -191,6 +197,7 @@ def decode_qkv(
         v_cache: as k_cache.
         num_heads: of q.
         num_kv_heads: of k and of v.
+        scales: float32, one for each row of a float8 weight, packed alike; None for others.
         num_rows: rows from here on are neither read nor written.
         pdl: programmatic dependent launch; sm_90 and later.
 
@@ -198,11 +205,12 @@ def decode_qkv(
         TypeError: an argument has the wrong dtype.
         ValueError: a wrong shape, device or stride.
     """
-    num_partials = check_normed(residual_in, partials, norm_weight, weight, num_rows)
+    num_partials = check_normed(residual_in, partials, norm_weight, weight, scales, num_rows)
     check_residual_out(residual_out, residual_in)
     head_dim = _check_heads(weight, num_heads, num_kv_heads)
     tables = (bias, cos, sin, slots, positions)
-    _check_tables(weight, tables, q, k_cache, v_cache, num_heads, num_kv_heads, head_dim)
+    dtype = norm_weight.dtype
+    _check_tables(weight, dtype, tables, q, k_cache, v_cache, num_heads, num_kv_heads, head_dim)
     num_weights, hidden_size = weight.shape
     blocks = launch_config(hidden_size, head_dim, weight.dtype)
     # Without the guard Triton launches on device 0; on CPU tensors it does nothing.
@@ -213,6 +221,7 @@ def decode_qkv(
             residual_out,
             norm_weight,
             weight,
+            scales,
             bias,
             cos,
             sin,
@@ -258,6 +267,7 @@ def _check_heads(weight: torch.Tensor, num_heads: int, num_kv_heads: int) -> int
 
 def _check_tables(
     weight: torch.Tensor,
+    dtype: torch.dtype,
     tables: tuple[torch.Tensor, ...],
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -267,7 +277,7 @@ def _check_tables(
     head_dim: int,
 ) -> None:
     bias, cos, sin, slots, positions = tables
-    dtype, device = weight.dtype, weight.device
+    device = weight.device
     if k_cache.ndim != 4:
         raise ValueError(
             f"k_cache has shape {tuple(k_cache.shape)}; expected (num_slots, {num_kv_heads}, "

@@ -5,6 +5,10 @@ A decode step has at most ROWS rows. A product is dot(weight tile (BLOCK_N, BLOC
 N and ROWS, so K is cut into K_PARTS, one for each warp, as the batch of a 3-D dot, and the parts
 are added at the end: with a 2-D dot every warp would read the whole tile from shared memory.
 
+Weights may be float8 (e4m3) with a float32 scale for each row, which multiplies the finished sum.
+They become float16, exactly: one instruction makes two of them, where bfloat16 takes two more. What
+they meet is then float16 too; a bfloat16 activation times 2^-6, exactly from 0.004 to 4 million.
+
 Weights never change: the first tile is loaded before the programmatic wait, every next one while
 the tile before it is multiplied. Masks bound what is read to the rows in use, and the tiles stay
 what they are, so a row's bits do not depend on the rows beside it.
@@ -18,7 +22,15 @@ import triton.language as tl
 
 ROWS = 16
 RESIDUAL_BLOCK = 64  # columns of the residual that one program writes
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of activations, and of plain weights
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+FLOAT8 = torch.float8_e4m3fn
+_INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)  # which knows no assembly
+_BFLOAT16_UNIT = tl.constexpr(2.0**-6)  # of bfloat16 activations as float16
 # Programs of a split-K projection: about two for each of the 132 SMs of an H100.
 _MAX_PROGRAMS = 288
 
@@ -69,12 +81,13 @@ def weight_tile(
 ):
     """(BLOCK_N, BLOCK_K), zero from column end_col on and outside the weight's N rows.
 
-    WORDS: whether it holds words of 32 bits, whose numbers `dot_parts` takes out. Numbers of 16
-    bits that a loop carries are taken out where they were loaded, and in the projections of the
-    residual the product of the tile before would wait for them.
+    WORDS: whether it holds words of 32 bits, whose numbers `dot_parts` takes out; of float8 it
+    does. Numbers of 16 bits that a loop carries are taken out where they were loaded, and in the
+    projections of the residual the product of the tile before would wait for them.
     """
-    WIDTH: tl.constexpr = 32 // w_ptr.dtype.element_ty.primitive_bitwidth if WORDS else 1
-    if WORDS:
+    BITS: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth
+    WIDTH: tl.constexpr = 32 // BITS if WORDS or BITS == 8 else 1
+    if WORDS or BITS == 8:
         w_ptr = w_ptr.to(tl.pointer_type(tl.int32))
     rows = tl.arange(0, BLOCK_N)[:, None]
     cols = first_col // WIDTH + tl.arange(0, BLOCK_K // WIDTH)[None, :]
@@ -88,6 +101,32 @@ def weight_tile(
     return tl.load(
         tile_ptr + rows * stride + cols, mask=mask, other=0, eviction_policy="evict_first"
     )
+
+
+@triton.jit
+def _float16_bits(words):
+    """Of the lowest float8 of each word."""
+    number = words.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    return number.to(tl.uint16, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def _float16_pairs(words):
+    """Words of four float8 as twice as many of two float16."""
+    if _INTERPRETING:
+        first = _float16_bits(words) | (_float16_bits(words >> 8) << 16)
+        second = _float16_bits(words >> 16) | (_float16_bits(words >> 24) << 16)
+    else:
+        first, second = tl.inline_asm_elementwise(
+            "{.reg .b16 low, high; mov.b32 {low, high}, $2;"
+            " cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high;}",
+            "=r,=r,r",
+            [words],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    return tl.reshape(tl.join(first, second), (words.shape[0], 2 * words.shape[1]))
 
 
 @triton.jit
@@ -126,20 +165,46 @@ def residual_tile(
 def dot_parts(acc, w, x, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_PARTS: tl.constexpr):
     """Adds to acc (K_PARTS, BLOCK_N, 16): w (BLOCK_N, BLOCK_K) · x (16, BLOCK_K)ᵀ by parts of K.
 
-    w: of `weight_tile`, whose numbers have x's dtype.
+    w: of `weight_tile`, whose numbers have x's dtype, or are float8: then a product with bfloat16
+    is in units of 2^6, which `scaled_sum` knows.
     """
     PART_K: tl.constexpr = BLOCK_K // K_PARTS
     if w.dtype == tl.int32:
-        w = _numbers(w, x.dtype)
+        if w.shape[1] * 4 == BLOCK_K:
+            w = _numbers(_float16_pairs(w), tl.float16)
+            if x.dtype == tl.bfloat16:
+                x = (x.to(tl.float32) * _BFLOAT16_UNIT).to(tl.float16)
+            w = w.to(x.dtype)
+        else:
+            w = _numbers(w, x.dtype)
     w = tl.permute(tl.reshape(w, (BLOCK_N, K_PARTS, PART_K)), (1, 0, 2))
     x = tl.permute(tl.reshape(x, (16, K_PARTS, PART_K)), (1, 2, 0))
     return tl.dot(w, x, acc, input_precision="ieee")
 
 
 @triton.jit
+def scaled_sum(
+    acc, scales_ptr, first_row, N: tl.constexpr, BLOCK_N: tl.constexpr, dtype: tl.constexpr
+):
+    """(BLOCK_N, 16): the parts of K together, times the scales of the weight's rows if it has any.
+
+    dtype: of the activations.
+    """
+    out = tl.sum(acc, 0)
+    if scales_ptr is not None:
+        rows = first_row + tl.arange(0, BLOCK_N)
+        scales = tl.load(scales_ptr + rows, mask=rows < N, other=0.0)
+        if dtype == tl.bfloat16:
+            scales *= 1.0 / _BFLOAT16_UNIT
+        out *= scales[:, None]
+    return out
+
+
+@triton.jit
 def normed_product(
     w,
     w_ptr,
+    scales_ptr,
     stride_wn,
     first_row,
     residual_ptr,
@@ -178,7 +243,7 @@ def normed_product(
         x = (x * scale[:, None]).to(dtype).to(tl.float32) * norm[None, :]
         acc = dot_parts(acc, w, x.to(dtype), BLOCK_N, BLOCK_K, K_PARTS)
         w = next_w
-    return tl.sum(acc, 0)
+    return scaled_sum(acc, scales_ptr, first_row, N, BLOCK_N, dtype)
 
 
 @triton.jit
@@ -257,6 +322,7 @@ def check_normed(
     partials: torch.Tensor | None,
     norm_weight: torch.Tensor,
     weight: torch.Tensor,
+    scales: torch.Tensor | None,
     num_rows: int,
 ) -> int:
     """Checks what every projection of the residual stream reads.
@@ -268,10 +334,10 @@ def check_normed(
         TypeError: a dtype that no kernel takes, or that differs.
         ValueError: a wrong shape, device, stride or number of rows.
     """
-    check_weight(weight)
+    dtype = check_weight(weight, scales, norm_weight.dtype)
     check_num_rows(num_rows)
     device, width = weight.device, weight.shape[1]
-    check_tensor("norm_weight", norm_weight, (width,), weight.dtype, device)
+    check_tensor("norm_weight", norm_weight, (width,), dtype, device)
     check_tensor("residual_in", residual_in, (ROWS, width), torch.float32, device)
     if partials is None:
         return 0
@@ -280,16 +346,44 @@ def check_normed(
     return num_partials
 
 
-def check_weight(weight: torch.Tensor) -> None:
-    """Raises unless the weight is one that the kernels take."""
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"weight is {weight.dtype}; expected one of {DTYPES}. Convert it before")
+def check_weight(
+    weight: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype
+) -> torch.dtype:
+    """Checks a weight and the scales of its rows.
+
+    Args:
+        weight: (rows, columns): of a dtype of DTYPES, or float8 with scales.
+        scales: (rows,) float32, or None.
+        dtype: of the activations beside a float8 weight.
+
+    Returns:
+        The dtype of the activations: that of a plain weight, else `dtype`.
+
+    Raises:
+        TypeError: a dtype that no kernel takes, or scales of a plain weight.
+        ValueError: a wrong shape, device or stride.
+    """
+    if weight.dtype not in (*DTYPES, FLOAT8):
+        raise TypeError(
+            f"weight is {weight.dtype}; expected one of {(*DTYPES, FLOAT8)}. Convert it before"
+        )
+    if (scales is not None) != (weight.dtype == FLOAT8):
+        given = "without" if scales is None else "with"
+        raise TypeError(
+            f"weight is {weight.dtype} {given} scales; expected them with {FLOAT8} alone"
+        )
     if weight.ndim != 2 or weight.shape[1] % 8 or 0 in weight.shape:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; expected (rows, a multiple of 8 columns)"
         )
     if weight.stride(1) != 1:
         raise ValueError(f"weight has last-dimension stride {weight.stride(1)}; expected 1")
+    if scales is None:
+        return weight.dtype
+    check_tensor("scales", scales, (weight.shape[0],), torch.float32, weight.device)
+    if dtype not in DTYPES:
+        raise TypeError(f"activations are {dtype}; expected one of {DTYPES}. Convert them before")
+    return dtype
 
 
 def check_residual_out(residual_out: torch.Tensor, residual_in: torch.Tensor) -> None:

@@ -35,7 +35,7 @@ Videos = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Quantization = Annotated[
-    str | None, typer.Option(help="int8 or int4 weights, on the native back end.")
+    str | None, typer.Option(help="int8 or int4 weights on a CPU, fp8 on a GPU.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default all that are free to use.")]
 Backend = Annotated[str, typer.Option(help="auto, triton, native or reference.")]

@@ -16,13 +16,13 @@ import torch
 
 from ovfast.checkpoint import CheckpointWeights, resolve_checkpoint, terminal_progress
 from ovfast.config import ModelConfig
-from ovfast.errors import CheckpointError, OptionError
+from ovfast.errors import CheckpointError, OptionError, QuantizationError
 from ovfast.models.parameters import Loader
 from ovfast.ops import PackedLinear, make_ops, with_storage
 from ovfast.packed_file import PACKED_FILE, Matrix, PackedWriter, is_packed_file
 from ovfast.packed_weights import PATCH, PackedShapes, is_packed, packed_shapes
 from ovfast.processor import Processor
-from ovfast.storage import dtype_name, wanted_storage
+from ovfast.storage import GROUPS, dtype_name, wanted_storage
 from ovfast.tensor_names import LM_HEAD
 
 __all__ = ["convert"]
@@ -56,7 +56,7 @@ def convert(
     Args:
         model: a directory, a Hub id, or ``"demo"``.
         out: the directory to make; it may exist if it is empty or an earlier packed directory.
-        quantization: as in ``load``.
+        quantization: "int8", "int4" or None, as in ``load``.
         dtype: as in ``load``.
 
     Returns:
@@ -68,6 +68,11 @@ def convert(
         written.
     """
     storage = wanted_storage(dtype, quantization)
+    if quantization is not None and quantization not in GROUPS:
+        raise QuantizationError(
+            f"quantization={quantization!r}; a packed directory is for the CPU: expected"
+            f" {' or '.join(map(repr, GROUPS))}, or None. On CUDA give it to `load`."
+        )
     cpu = torch.device("cpu")
     ops = make_ops(cpu, "native")  # raises where it is not built, before anything is downloaded
     target = _check_target(out)

@@ -323,8 +323,16 @@ class Engine(EngineBase):
             raw=raw,
         )
         text_tokens = len(input_ids) - sum(plan.num_tokens for plan in plans)
-        sizes = bytes_per_param(self.storage), self.dtype.itemsize
-        return estimate_request(self.config, plans, text_tokens, max_new_tokens, *sizes, machine)
+        return estimate_request(
+            self.config,
+            plans,
+            text_tokens,
+            max_new_tokens,
+            bytes_per_param(self.storage),
+            self.dtype.itemsize,
+            machine,
+            other_bytes_per_param=self.dtype.itemsize if self.ops.quantization else None,
+        )
 
     def warmup(self) -> None:
         """Runs one small request twice, so that the first real one pays for no set-up.

@@ -48,7 +48,7 @@ class EngineBase:
     ) -> None:
         self.config, self.ops = model.config, ops
         self.device, self.dtype = model.device, model.dtype
-        self.storage = ops.storage or dtype_name(model.dtype)
+        self.storage = ops.storage or ops.quantization or dtype_name(model.dtype)
         self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
         self.visual, self.media_limits = visual, media_limits
         self._processor, self._vocab_size = processor, model.vocab_size

@@ -25,7 +25,15 @@ from ovfast.ops import Ops, has_native, make_ops, with_storage
 from ovfast.packed_file import PACKED_FILE, PackedFile
 from ovfast.packed_weights import PackedCheckpoint, is_packed
 from ovfast.processor import Processor
-from ovfast.storage import DTYPES, QUANTIZATIONS, bytes_per_param, dtype_name, wanted_storage
+from ovfast.roofline import parameter_bytes
+from ovfast.storage import (
+    DTYPES,
+    GROUPS,
+    QUANTIZATIONS,
+    bytes_per_param,
+    dtype_name,
+    wanted_storage,
+)
 
 MOST_THREADS = 1024  # of a native pool
 QUANTIZE_HINT = "quantization='int8' or 'int4' (native back end)"
@@ -64,7 +72,9 @@ def load(
             on CUDA, the checkpoint's own on the native back end, float32 in plain torch on a CPU.
         backend: "auto", "triton", "native" or "reference"; ``ovfast doctor`` lists what runs where.
         quantization: "int8" or "int4" for the weights of linear layers, on the native back end;
-            None keeps them in `dtype`. A directory that ``ovfast convert`` wrote says it itself.
+            "fp8" for those of the language model, on CUDA from compute capability 8.9 on, the rest
+            in `dtype`; None keeps all in `dtype`. A directory that ``ovfast convert`` wrote says it
+            itself.
         threads: of the native back end, for this engine; None takes all processors that the process
             may use. Of plain torch on a CPU, for the whole process; None leaves torch's setting.
         max_seq_len: positions a request may have, prompt and answer; None takes the checkpoint's.
@@ -112,7 +122,14 @@ def load(
     )
     # Before anything is downloaded: is what was asked for here?
     _check_quantization(quantization, target, backend)
-    ops = make_ops(target, backend, attention, threads=threads, storage=wanted or "float32")
+    ops = make_ops(
+        target,
+        backend,
+        attention,
+        threads=threads,
+        storage=wanted or "float32",
+        quantization="fp8" if quantization == "fp8" else "",
+    )
     path = resolve_checkpoint(model, revision=revision, token=token, cache_dir=cache_dir)
     config = ModelConfig.from_checkpoint(path)
     positions = _resolve_positions(max_seq_len, config)
@@ -128,9 +145,8 @@ def load(
     config = replace(config, text=replace(config.text, vocab_size=weights.vocab_size))
     processor = Processor(path, config)
     compute = torch.float32 if ops.storage else DTYPES[wanted or _default_dtype(target)]
-    weight_bytes = round(
-        config.num_parameters * bytes_per_param(ops.storage or dtype_name(compute))
-    )
+    kept = bytes_per_param(ops.storage or ops.quantization or dtype_name(compute))
+    weight_bytes = parameter_bytes(config, kept, compute.itemsize if ops.quantization else None)
     cache_bytes = positions * max_batch_size * kv_bytes_per_token(config.text, compute)
     _check_memory(weight_bytes, cache_bytes, target)
     graphs = _make_graphs(ops, target, cuda_graphs, graph_bytes)
@@ -249,8 +265,8 @@ def _make_graphs(ops: Ops, device: torch.device, wanted: bool, max_bytes: int) -
 
 
 def _check_quantization(quantization: str | None, device: torch.device, backend: str) -> None:
-    """Refuses a known quantisation where nothing computes it."""
-    if quantization is None:
+    """Refuses int8 and int4 where nothing computes with them; fp8 is for `make_ops` to refuse."""
+    if quantization not in GROUPS:
         return
     where = f"device={str(device)!r}" if device.type != "cpu" else f"backend={backend!r}"
     if device.type == "cpu" and backend in ("auto", "native"):

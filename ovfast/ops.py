@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ovfast import cpu_linear, ops_native, reference, reference_pixels
 from ovfast.decode_kernels import DecodeKernels
-from ovfast.errors import BackendError, OptionError
+from ovfast.errors import BackendError, OptionError, QuantizationError
 from ovfast.reference import PackedLinear, RowTable
 from ovfast.reference_pixels import UInt8Array
 
@@ -76,10 +76,12 @@ class Ops:
         reads_pictures: whether pictures are resized on the device, by `resample`; else views are
             built on the host.
         views_a_step: views that the tower encodes at once.
+        tie_head: packs an embedding once more as the head tied to it; None: one copy is both.
         decode: kernels of a decode step for rows of requests; None decodes request by request.
         native: `ovfast._C`, of the native back end, which decodes by one call a step.
         pool: its threads.
         storage: how it keeps the weights of linear layers; "" where they have the model's dtype.
+        quantization: "fp8" where the language model's linear layers are float8; "" elsewhere.
     """
 
     backend: str = "reference"
@@ -88,6 +90,7 @@ class Ops:
     pack_qkv: Callable[[Tensor, Tensor, int, int], PackedLinear] = _pack_qkv
     pack_gate_up: Callable[[Tensor], PackedLinear] = _pack_linear
     pack_embedding: Callable[[Tensor], PackedLinear] = _pack_embedding
+    pack_output: Callable[[Tensor], PackedLinear] = _pack_linear
     linear: Callable[[Tensor, PackedLinear], Tensor] = reference.packed_linear
     add_linear: Callable[[Tensor, PackedLinear, Tensor], Tensor] = reference.add_linear
     gate_up: Callable[[Tensor, PackedLinear], Tensor] = reference.gate_up
@@ -113,10 +116,12 @@ class Ops:
     where: Mapping[str, str] = field(default_factory=dict)
     reads_pictures: bool = False
     views_a_step: int = 1
+    tie_head: Callable[[PackedLinear], PackedLinear] | None = None
     decode: DecodeKernels | None = None
     native: Any = None
     pool: Any = None
     storage: str = ""
+    quantization: str = ""
 
 
 OPERATIONS = tuple(f.name for f in fields(Ops) if callable(f.default))
@@ -129,6 +134,7 @@ def make_ops(
     *,
     threads: int | None = None,
     storage: str = "float32",
+    quantization: str = "",
 ) -> Ops:
     """Chooses where each operation runs.
 
@@ -141,6 +147,7 @@ def make_ops(
         threads: of the native back end; None takes all processors that the process may use.
         storage: how the native back end keeps the weights of linear layers: "float32", "float16",
             "bfloat16", "int8" or "int4".
+        quantization: "fp8" for the linear layers of the language model on the Triton back end.
 
     Returns:
         The operations; what the back end lacks comes from reference.
@@ -148,6 +155,7 @@ def make_ops(
     Raises:
         OptionError: unknown back end.
         BackendError: a forced back end is not installed or not for this device.
+        QuantizationError: the back end or the device has no float8.
     """
     if backend not in BACKENDS:
         allowed = ", ".join(repr(name) for name in BACKENDS)
@@ -159,7 +167,12 @@ def make_ops(
     if backend == "native" or (backend == "auto" and device.type == "cpu"):
         ops = _with_native(ops, device, threads, storage, required=backend == "native")
     elif backend == "triton" or (backend == "auto" and device.type == "cuda"):
-        ops = _with_triton(ops, device, attention, required=backend == "triton")
+        ops = _with_triton(ops, device, attention, quantization, required=backend == "triton")
+    if quantization and ops.backend != "triton":
+        raise QuantizationError(
+            f"quantization={quantization!r} with back end {ops.backend!r} on {device}; it needs"
+            " Triton on a CUDA device. Use 'int8' or 'int4' on a CPU, or quantization=None."
+        )
     if attention in ("triton", "flash") and ops.backend != "triton":
         raise BackendError(
             f"attention={attention!r} with back end {ops.backend!r}; it needs CUDA and Triton. Use"
@@ -233,7 +246,9 @@ def _with_native(
     return replace(ops, backend="native", **own)
 
 
-def _with_triton(ops: Ops, device: torch.device, attention: str, *, required: bool) -> Ops:
+def _with_triton(
+    ops: Ops, device: torch.device, attention: str, quantization: str, *, required: bool
+) -> Ops:
     try:
         triton = importlib.import_module("triton")
         own = importlib.import_module("ovfast.ops_triton")
@@ -252,6 +267,8 @@ def _with_triton(ops: Ops, device: torch.device, attention: str, *, required: bo
             " interpreter, for tests). Use backend='auto'."
         )
     fields_of_triton = own.triton_fields(device, attention, interpreting=interpreting)
+    if quantization:
+        fields_of_triton |= own.float8_fields(device, interpreting=interpreting)
     return replace(ops, backend="triton", **fields_of_triton)
 
 

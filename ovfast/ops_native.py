@@ -23,7 +23,7 @@ from ovfast.cpu_threads import available_threads
 from ovfast.errors import BackendError
 from ovfast.reference import PackedLinear, RowTable
 from ovfast.reference_pixels import UInt8Array
-from ovfast.storage import DTYPES, STORAGES
+from ovfast.storage import DTYPES, NATIVE_STORAGES
 
 __all__ = ["native_fields", "native_module", "native_pool"]
 
@@ -56,9 +56,9 @@ def native_fields(native: ModuleType, pool: Any, storage: str) -> dict[str, Any]
     Args:
         native: the compiled module.
         pool: of `native_pool`.
-        storage: of the weights, one of STORAGES.
+        storage: of the weights, one of NATIVE_STORAGES.
     """
-    assert storage in STORAGES
+    assert storage in NATIVE_STORAGES
     own = _Native(native, pool, storage)
     names = (
         "pack_linear",
@@ -66,6 +66,7 @@ def native_fields(native: ModuleType, pool: Any, storage: str) -> dict[str, Any]
         "pack_qkv",
         "pack_gate_up",
         "pack_embedding",
+        "pack_output",
         "linear",
         "add_linear",
         "gate_up",
@@ -117,6 +118,9 @@ class _Native:
         return PackedLinear(self._pack(self._storage, [gate, up], interleaved=True), None)
 
     def pack_embedding(self, weight: Tensor) -> PackedLinear:
+        return self.pack_linear(weight)
+
+    def pack_output(self, weight: Tensor) -> PackedLinear:
         return self.pack_linear(weight)
 
     def pack_patch(self, weight: Tensor) -> Any:

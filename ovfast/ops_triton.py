@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ovfast import reference
 from ovfast.decode_kernels import DecodeKernels
-from ovfast.errors import BackendError
+from ovfast.errors import BackendError, QuantizationError
 from ovfast.kernels import (
     attention,
     causal_attention,
@@ -28,14 +28,17 @@ from ovfast.kernels import (
     patch_embed,
     place,
     prefill_rope,
+    quantize_rows,
     resize,
     rms_norm,
+    scaled_linear,
     silu_mul,
 )
 from ovfast.reference import PackedLinear, RowTable
 
 # Views a tower encodes at once: 64 need 0.4 GB for their widest activations in 16 bits.
 VIEWS_A_STEP = 64
+FLOAT8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
 # Device → fastest attention of a prefill, as `make gpu` found it; no device has been measured yet.
 PREFILL_ATTENTION: dict[str, str] = {}
 
@@ -81,6 +84,69 @@ def triton_fields(
         "views_a_step": VIEWS_A_STEP,
         "decode": _decode_kernels(pdl=pdl),
     }
+
+
+def float8_fields(device: torch.device, *, interpreting: bool) -> dict[str, Any]:
+    """What an `Ops` has instead where the language model's linear layers are float8.
+
+    A prefill rounds the rows to float8 too, a decode step does not.
+
+    Args:
+        device: of the model.
+        interpreting: whether kernels run in Triton's interpreter.
+
+    Returns:
+        Fields of `Ops` by name.
+
+    Raises:
+        QuantizationError: the device has no float8.
+    """
+    if not interpreting and torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(device)
+        raise QuantizationError(
+            f"quantization='fp8' on {torch.cuda.get_device_name(device)}, compute capability"
+            f" {major}.{minor}; it needs 8.9 (Ada) or later. Use quantization=None."
+        )
+    return {
+        "pack_qkv": lambda *given: _float8(_pack_qkv(*given)),
+        "pack_gate_up": lambda weight: _float8(_pack_gate_up(weight)),
+        "pack_output": lambda weight: _float8(PackedLinear(weight, None)),
+        "tie_head": _float8,
+        "linear": _float8_linear,
+        "add_linear": _add_float8_linear,
+        "gate_up": partial(
+            reference.gate_up,
+            apply_linear=_float8_linear,
+            apply_silu_mul=silu_mul.silu_mul_pairs,
+        ),
+        "head": partial(_float8_linear, dtype=torch.float32),
+        "quantization": "fp8",
+    }
+
+
+def _float8(packed: PackedLinear) -> PackedLinear:
+    """A layer with its weight rounded to float8, a scale for each output."""
+    weight, scales = quantize_rows.quantize_rows(packed.weight)
+    return PackedLinear(weight, packed.bias, scales)
+
+
+def _float8_linear(x: Tensor, packed: PackedLinear, dtype: torch.dtype | None = None) -> Tensor:
+    out = torch.empty(len(x), len(packed.weight), dtype=dtype or x.dtype, device=x.device)
+    return _scaled_linear(x, packed, out, residual=None)
+
+
+def _add_float8_linear(x: Tensor, packed: PackedLinear, residual: Tensor) -> Tensor:
+    return _scaled_linear(x, packed, residual, residual=residual)
+
+
+def _scaled_linear(
+    x: Tensor, packed: PackedLinear, out: Tensor, *, residual: Tensor | None
+) -> Tensor:
+    assert packed.scales is not None
+    rows, row_scales = quantize_rows.quantize_rows(x)
+    return scaled_linear.scaled_linear(
+        rows, row_scales, packed.weight, packed.scales, packed.bias, out, residual=residual
+    )
 
 
 def _pack_qkv(weight: Tensor, bias: Tensor, num_heads: int, num_kv_heads: int) -> PackedLinear:

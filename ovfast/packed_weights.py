@@ -15,7 +15,7 @@ from ovfast.checkpoint import check_vocab
 from ovfast.config import ModelConfig
 from ovfast.errors import CheckpointError
 from ovfast.packed_file import PACKED_FILE, PackedFile
-from ovfast.storage import STORAGES
+from ovfast.storage import NATIVE_STORAGES
 from ovfast.tensor_names import LM_HEAD, expected_tensors
 from ovfast.weight_files import listing, problem_list
 
@@ -75,7 +75,7 @@ class PackedCheckpoint:
         packed_weights: Callable[[str, int, int, Any], Any],
     ) -> None:
         self._file, self._path = file, path / PACKED_FILE
-        if file.storage not in STORAGES:
+        if file.storage not in NATIVE_STORAGES:
             raise self._damaged(f"its storage is {file.storage!r}")
         embedding = file.matrices.get(EMBEDDING)
         if embedding is None:

@@ -1,4 +1,8 @@
-"""Weights in int8 and int4, by plain torch: what the native kernels compute, and their oracle.
+"""Weights in int8, int4 and float8, by plain torch: what the kernels compute, and their oracle.
+
+Float8 (e4m3, on CUDA): a row of a weight has a float32 scale, largest magnitude / 448. The rows
+that a prefill multiplies have one each too; a decode step leaves its own as they are. All below
+is of int8 and int4, on the native back end.
 
 A group of neighbouring inputs of one output shares a scale, stored as bfloat16; the last group of a
 row may be shorter. A weight is factor · scale · q.
@@ -47,6 +51,7 @@ LOWEST_INT4, HIGHEST_INT4 = -8, 7
 LARGEST_EXPONENT = 30  # of a factor
 LARGEST_SUM_OF_FOUR = 258  # weights of one sign, with inputs of seven bits
 LARGEST_WEIGHT, LARGEST_VALUE = 16383, 1023  # of attention
+LARGEST_FLOAT8 = 448.0
 LEAST = 1e-30  # of attention: a row without a larger magnitude has the scale of this one
 KEY_BLOCK = 128
 
@@ -243,6 +248,28 @@ def fake_quantized_attention(
         out += factor * (scaled @ v[:, block])
         total += factor * weights.sum(-1, keepdim=True)
     return (out / total).transpose(0, 1).flatten(1)
+
+
+def quantize_float8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantises a weight, or the rows that a prefill multiplies with one.
+
+    Args:
+        x: (rows, cols) float.
+
+    Returns:
+        q (rows, cols) float8_e4m3fn, and scales (rows,) float32, 1 for a row of zeros and NaN for
+        one that holds inf or NaN.
+    """
+    x = x.float()
+    largest = x.abs().amax(1)
+    scales = torch.where(largest > 0, largest / LARGEST_FLOAT8, 1.0) + (x * 0).sum(1)
+    return (x / scales[:, None]).to(torch.float8_e4m3fn), scales
+
+
+def fake_float8(x: Tensor) -> Tensor:
+    """What float8 keeps of x: (rows, cols) float64."""
+    q, scales = quantize_float8(x)
+    return q.double() * scales.double()[:, None]
 
 
 def _quantized_rows(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:

@@ -28,10 +28,12 @@ class PackedLinear:
     """A linear layer's parameters in the layout of one back end; here (out, in) and (out,).
 
     Only the `Ops` that packed it may read it. `weight.shape` is (out, in) in every layout.
+    `scales`: (out,) float32, of a weight in float8.
     """
 
     weight: Any
     bias: Tensor | None
+    scales: Tensor | None = None
 
 
 def _truth(x: Tensor) -> Tensor:

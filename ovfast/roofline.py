@@ -22,6 +22,7 @@ __all__ = [
     "estimate_request",
     "kv_bytes_per_token",
     "megapixels",
+    "parameter_bytes",
     "prefill_flops",
     "prefill_stage",
     "projector_flops",
@@ -135,6 +136,24 @@ def text_weight_bytes(text: TextConfig, weight_bytes_per_param: float) -> int:
     return round((text_body_params(text) + text_head_params(text)) * weight_bytes_per_param)
 
 
+def parameter_bytes(
+    config: ModelConfig, weight_bytes_per_param: float, other_bytes_per_param: float | None = None
+) -> int:
+    """Bytes of all parameters.
+
+    Args:
+        config: of the checkpoint.
+        weight_bytes_per_param: of the language model's linear layers.
+        other_bytes_per_param: of the rest, where that is kept in another way; then a tied head is
+            a copy of its own beside the embedding.
+    """
+    if other_bytes_per_param is None:
+        return round(config.num_parameters * weight_bytes_per_param)
+    body, head = text_body_params(config.text), text_head_params(config.text)
+    rest = config.num_parameters - body - (0 if config.text.tie_word_embeddings else head)
+    return round((body + head) * weight_bytes_per_param + rest * other_bytes_per_param)
+
+
 def decode_bytes(
     text: TextConfig,
     context: int,
@@ -216,16 +235,19 @@ def request_stages(
     plans: Sequence[VisualPlan],
     text_tokens: int,
     weight_bytes_per_param: float,
+    other_bytes_per_param: float | None = None,
 ) -> tuple[Stage, ...]:
     """What runs before the first token, in order; text alone has no tower and no projector."""
+    if other_bytes_per_param is None:
+        other_bytes_per_param = weight_bytes_per_param
     num_views = sum(plan.num_views for plan in plans)
     prompt_tokens = text_tokens + sum(plan.num_tokens for plan in plans)
     prefill = prefill_stage(config.text, prompt_tokens, weight_bytes_per_param)
     if not plans:
         return (prefill,)
     return (
-        tower_stage(config.vision, num_views, weight_bytes_per_param),
-        projector_stage(config, plans, weight_bytes_per_param),
+        tower_stage(config.vision, num_views, other_bytes_per_param),
+        projector_stage(config, plans, other_bytes_per_param),
         prefill,
     )
 
@@ -243,6 +265,8 @@ def estimate_request(
     weight_bytes_per_param: float,
     kv_bytes_per_element: float,
     machine: Machine | None = None,
+    *,
+    other_bytes_per_param: float | None = None,
 ) -> Estimate:
     """Counts what one request costs.
 
@@ -254,6 +278,8 @@ def estimate_request(
         weight_bytes_per_param: 4 for float32, 2 for bfloat16, 0.5625 for int4 in groups of 32.
         kv_bytes_per_element: 4 for float32, 2 for bfloat16.
         machine: measured rates, or None for counts without times.
+        other_bytes_per_param: of all but the language model's linear layers, where these are in
+            float8; None: the same.
 
     Returns:
         The estimate.
@@ -261,7 +287,9 @@ def estimate_request(
     visual_tokens = sum(plan.num_tokens for plan in plans)
     prompt_tokens = visual_tokens + text_tokens
     kv_bytes = kv_bytes_per_token(config.text, kv_bytes_per_element)
-    stages = request_stages(config, plans, text_tokens, weight_bytes_per_param)
+    stages = request_stages(
+        config, plans, text_tokens, weight_bytes_per_param, other_bytes_per_param
+    )
     flops = {stage.name: stage.flops for stage in stages}
     step = decode_stage(
         config.text,
@@ -276,7 +304,7 @@ def estimate_request(
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
         kv_cache_bytes=(prompt_tokens + max_new_tokens) * kv_bytes,
-        weight_bytes=round(config.num_parameters * weight_bytes_per_param),
+        weight_bytes=parameter_bytes(config, weight_bytes_per_param, other_bytes_per_param),
         vision_flops=flops.get("tower", 0),
         projector_flops=flops.get("projector", 0),
         prefill_flops=flops["prefill"],

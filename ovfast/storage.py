@@ -1,7 +1,8 @@
 """How weights are kept: names of storages, the bytes they take, and the options that ask for them.
 
 On the native CPU back end the storage of linear layers is a choice of its own, arithmetic is
-float32 in any case. Elsewhere it is the dtype of weights, activations and cache in one.
+float32 in any case. Elsewhere it is the dtype of weights, activations and cache in one, but for
+"fp8": then the linear layers of the language model are float8 (e4m3) beside all that in a dtype.
 """
 
 from typing import Any
@@ -13,6 +14,7 @@ from ovfast.errors import OptionError, QuantizationError
 __all__ = [
     "DTYPES",
     "GROUPS",
+    "NATIVE_STORAGES",
     "QUANTIZATIONS",
     "STORAGES",
     "bytes_per_param",
@@ -24,17 +26,21 @@ __all__ = [
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Weights that share a bfloat16 scale: neighbouring inputs of one output.
 GROUPS = {"int8": 128, "int4": 32}
-QUANTIZATIONS = tuple(GROUPS)
+QUANTIZATIONS = (*GROUPS, "fp8")
+NATIVE_STORAGES = (*DTYPES, *GROUPS)
 STORAGES = (*DTYPES, *QUANTIZATIONS)
 _BITS = {"int8": 8, "int4": 4}
 _SCALE_BYTES = 2
 
 
 def bytes_per_param(storage: str) -> float:
-    """Bytes of one weight of a linear layer, its share of the scale included.
+    """Bytes of one weight of a quantised linear layer, its share of the scale included.
 
-    Not included are the four bytes for each input of a quantised layer, below 0.5 %.
+    Not included are the four bytes for each input of a layer in int8 or int4, or for each output
+    of one in fp8, below 0.5 %.
     """
+    if storage == "fp8":
+        return 1.0
     if storage in GROUPS:
         return _BITS[storage] / 8 + _SCALE_BYTES / GROUPS[storage]
     return DTYPES[storage].itemsize
@@ -55,6 +61,8 @@ def load_options(storage: str) -> dict[str, str | None]:
 def wanted_storage(dtype: Any, quantization: Any) -> str | None:
     """The storage that two options of `load` ask for together; None leaves it to the checkpoint.
 
+    Beside quantization="fp8" it is that of all that fp8 leaves alone.
+
     Raises:
         OptionError: an unknown dtype, or one beside a quantisation.
         QuantizationError: an unknown quantisation.
@@ -66,8 +74,9 @@ def wanted_storage(dtype: Any, quantization: Any) -> str | None:
         allowed = ", ".join(map(repr, QUANTIZATIONS))
         raise QuantizationError(
             f"quantization={quantization!r}; expected {allowed}, or None for weights as they are."
-            " Use None on CUDA."
         )
+    if quantization == "fp8":
+        return name
     if name is not None:
         raise OptionError(
             f"dtype={dtype!r} with quantization={quantization!r}; a quantisation decides how"

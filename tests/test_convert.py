@@ -22,7 +22,7 @@ from ovfast import (
     conversion,
 )
 from ovfast.packed_file import PACKED_FILE, PackedFile, PackedWriter
-from ovfast.storage import STORAGES
+from ovfast.storage import NATIVE_STORAGES
 from ovfast.verify import verify
 from tests.support.checkpoints import CheckpointSpec, make_checkpoint
 from tests.support.engines import REQUESTS, open_engine
@@ -50,7 +50,7 @@ def logits_of(engine: Engine) -> torch.Tensor:
     [(CheckpointSpec(dtype=torch.bfloat16), "v5"), (ODD, "orig")],
     ids=["tied", "odd"],
 )
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", NATIVE_STORAGES)
 def test_a_packed_directory_gives_the_same_bits(
     random_checkpoint: Make, tmp_path: Path, spec: CheckpointSpec, layout: str, storage: str
 ) -> None:
@@ -259,6 +259,8 @@ def test_sources_that_are_none(tiny_checkpoint: Path, packed: Path, tmp_path: Pa
         ovfast.convert("/no/such/model", out)
     with pytest.raises(QuantizationError, match="quantization='int3'"):
         ovfast.convert(tiny_checkpoint, out, quantization="int3")
+    with pytest.raises(QuantizationError, match=r"'fp8'; a packed directory is for the CPU"):
+        ovfast.convert(tiny_checkpoint, out, quantization="fp8")
     broken = make_checkpoint(tmp_path / "broken")
     (broken / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):

@@ -1,4 +1,4 @@
-"""The definition of int8 and int4: scales, rounding and edge cases, against the words of it."""
+"""The definition of int8, int4 and float8: scales, rounding and edge cases, by the words of it."""
 
 import math
 
@@ -9,10 +9,12 @@ from ovfast.quantize import (
     InputBits,
     QuantizedKind,
     dequantize,
+    fake_float8,
     fake_quantized_linear,
     halve_large_groups,
     input_factors,
     quantize,
+    quantize_float8,
     quantize_rows,
 )
 from ovfast.storage import GROUPS
@@ -189,3 +191,21 @@ def test_relative_error_of_the_scheme(kind: QuantizedKind, bits: InputBits, boun
     relative = float((out.double() - truth).norm() / truth.norm())
     assert bound / 3 < relative < bound
     assert float((out.double() - upcast).abs().max()) < 1e-3
+
+
+def test_float8_has_the_largest_number_of_every_row() -> None:
+    x = gaussian(5, 40) * torch.logspace(-9, 9, 5)[:, None]
+    q, scales = quantize_float8(x)
+    assert q.dtype == torch.float8_e4m3fn
+    assert torch.equal(q.float().abs().amax(1), torch.full((5,), 448.0))
+    # Four significant bits, and below 2^-6 of them steps of 2^-9.
+    error, kept = (fake_float8(x) - x.double()).abs(), scales.double()[:, None]
+    assert bool((error <= torch.maximum(x.double().abs() / 16, kept * 2.0**-10) * 1.0001).all())
+
+
+def test_float8_of_zeros_and_of_nan() -> None:
+    x = torch.zeros(3, 4)
+    x[1, 2], x[2, 0] = math.nan, math.inf
+    kept = fake_float8(x)
+    assert torch.equal(kept[0], torch.zeros(4).double())
+    assert bool(kept[1:].isnan().all())

@@ -14,7 +14,7 @@ from ovfast import loading as loading_module
 from ovfast.cpu_threads import available_threads
 from ovfast.storage import (
     GROUPS,
-    STORAGES,
+    NATIVE_STORAGES,
     bytes_per_param,
     load_options,
     wanted_storage,
@@ -67,8 +67,11 @@ def test_bytes_per_parameter_are_those_of_packed_weights(tiny_checkpoint: Path) 
 
 
 def test_options_of_load_ask_for_the_storage() -> None:
-    for storage in STORAGES:
+    for storage in NATIVE_STORAGES:
         assert wanted_storage(**load_options(storage)) == storage
+    assert load_options("fp8") == {"dtype": "auto", "quantization": "fp8"}
+    assert wanted_storage("auto", "fp8") is None
+    assert wanted_storage("float16", "fp8") == "float16"  # of all that fp8 leaves alone
 
 
 def test_the_reference_computes_in_the_named_dtype(random_checkpoint: Make) -> None:
@@ -81,7 +84,12 @@ def test_the_reference_computes_in_the_named_dtype(random_checkpoint: Make) -> N
 @pytest.mark.parametrize(
     ("dtype", "quantization", "kind", "pattern"),
     [
-        ("auto", "int3", QuantizationError, r"quantization='int3'; expected 'int8', 'int4', or No"),
+        (
+            "auto",
+            "int3",
+            QuantizationError,
+            r"quantization='int3'; expected 'int8', 'int4', 'fp8', or N",
+        ),
         ("auto", 8, QuantizationError, r"quantization=8; expected 'int8'"),
         ("auto", True, QuantizationError, r"quantization=True; expected 'int8'"),
         ("int8", None, OptionError, r"dtype='int8'; expected 'auto', 'float32'"),
@@ -108,6 +116,24 @@ def test_quantisation_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(QuantizationError, match=r"with device='cuda:0'; only the native CPU"):
         ovfast.load("/no/such/model", device="cuda:0", quantization="int4")
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "reference"])
+def test_float8_needs_triton(backend: str) -> None:
+    with pytest.raises(
+        QuantizationError, match=r"'fp8' with back end '\w+' on cpu; it needs Triton"
+    ):
+        ovfast.load("/no/such/model", device="cpu", backend=backend, quantization="fp8")
+
+
+def test_float8_needs_ada(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = pytest.importorskip("ovfast.ops_triton", reason="needs triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    with pytest.raises(QuantizationError, match=r"on A100, compute capability 8\.0; it needs 8\.9"):
+        own.float8_fields(torch.device("cuda"), interpreting=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert own.float8_fields(torch.device("cuda"), interpreting=False)["quantization"] == "fp8"
 
 
 def test_quantisation_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from ovfast.errors import OptionError, OVFastError
 from ovfast.loading import load
 from ovfast.media import load_image
 from ovfast.ops import has_native
-from ovfast.storage import QUANTIZATIONS, load_options
+from ovfast.storage import GROUPS, load_options
 
 __all__ = ["Variant", "default_variants", "run_accuracy"]
 
@@ -42,7 +42,7 @@ def default_variants(device: str) -> list[Variant]:
     """
     if device == "cuda":
         return [Variant("reference", "float32"), Variant("triton", "bfloat16")]
-    native = ("float32", "bfloat16", *QUANTIZATIONS) if has_native() else ()
+    native = ("float32", "bfloat16", *GROUPS) if has_native() else ()
     return [Variant("reference", "float32"), *(Variant("native", name) for name in native)]
 
 

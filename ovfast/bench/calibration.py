@@ -36,7 +36,7 @@ from ovfast.roofline import (
     tower_stage,
 )
 from ovfast.stage_cost import Rates, StageRates
-from ovfast.storage import QUANTIZATIONS, bytes_per_param, load_options
+from ovfast.storage import GROUPS, bytes_per_param, load_options
 
 __all__ = ["Calibration", "calibrate", "measure_machine"]
 
@@ -72,9 +72,9 @@ class Calibration:
         limits = self.limits
         exact = limits.bfloat16_gflops if self.device == "cuda" else limits.float32_gflops
         assert exact is not None
-        gflops = max(exact, limits.int8_gops or 0.0) if storage in QUANTIZATIONS else exact
+        gflops = max(exact, limits.int8_gops or 0.0) if storage in GROUPS else exact
         # Quantised attention multiplies 16 bits: two products in the lane of one in float32.
-        attention = 2 * exact if storage in QUANTIZATIONS else exact
+        attention = 2 * exact if storage in GROUPS else exact
         read = max(limits.read_gb_per_s.values())
         return Machine(read, gflops, attention, self.rates.get(storage))
 

@@ -36,6 +36,7 @@ STORAGES = {
     "float16": "#7fb069",
     "int8": "#d1603d",
     "int4": "#8e5ea2",
+    "fp8": "#c75146",
 }
 GRAY, DARK = "#9aa0a6", "#333333"
 COMPARED = ("ttft_ms", "tpot_ms", "e2e_ms", "step_ms", "view_ms", "prefill_ms", "tokens_per_s")

@@ -221,10 +221,12 @@ class Worker:
 
     def _weight_bytes(self) -> int:
         """All parameters as they are stored."""
+        from ovfast.roofline import parameter_bytes
         from ovfast.storage import bytes_per_param
 
         engine = self._engine
-        return round(engine.config.num_parameters * bytes_per_param(engine.storage))
+        other = engine.dtype.itemsize if engine.ops.quantization else None
+        return parameter_bytes(engine.config, bytes_per_param(engine.storage), other)
 
     def _synchronize(self) -> None:
         if self._engine.device.type == "cuda":

@@ -57,8 +57,12 @@ class Loader:
         """The first half of an MLP of the language model."""
         return self._layer(name, None, self.ops.pack_gate_up)
 
+    def output(self, name: str) -> PackedLinear:
+        """A layer of the language model that adds to the residual stream, or its head."""
+        return self._layer(name, None, self.ops.pack_output)
+
     def embedding(self, name: str) -> PackedLinear:
-        """The embedding, which may serve as the head too."""
+        """The embedding, which may serve as the head too: `ops.tie_head`."""
         return self._layer(name, None, self.ops.pack_embedding)
 
     def patch(self, name: str) -> tuple[Any, Tensor]:

@@ -38,9 +38,10 @@ class Qwen2:
         self.layers = [_load_layer(config, loader, index) for index in range(config.num_layers)]
         self.norm = loader.tensor("language_model.norm.weight")
         if "lm_head.weight" in loader.weights.names:
-            self.lm_head = loader.linear("lm_head", bias=False)
+            self.lm_head = loader.output("lm_head")
         else:
-            self.lm_head = self.embedding
+            tie_head = loader.ops.tie_head
+            self.lm_head = tie_head(self.embedding) if tie_head else self.embedding
 
     @property
     def vocab_size(self) -> int:
@@ -253,8 +254,8 @@ def _load_layer(config: TextConfig, loader: Loader, index: int) -> _Layer:
     return _Layer(
         input_layernorm=loader.tensor(f"{prefix}.input_layernorm.weight"),
         qkv_proj=loader.qkv(f"{prefix}.qkv_proj", config.num_heads, config.num_kv_heads),
-        o_proj=loader.linear(f"{prefix}.o_proj", bias=False),
+        o_proj=loader.output(f"{prefix}.o_proj"),
         post_attention_layernorm=loader.tensor(f"{prefix}.post_attention_layernorm.weight"),
         gate_up_proj=loader.gate_up(f"{prefix}.gate_up_proj"),
-        down_proj=loader.linear(f"{prefix}.down_proj", bias=False),
+        down_proj=loader.output(f"{prefix}.down_proj"),
     )

@@ -82,6 +82,7 @@ class Qwen2Rows:
                 v_cache,
                 num_heads=config.num_heads,
                 num_kv_heads=config.num_kv_heads,
+                scales=qkv.scales,
                 num_rows=num_rows,
             )
             x, other = other, x
@@ -105,6 +106,8 @@ class Qwen2Rows:
                 rows.positions,
                 layer.o_proj.weight,
                 self._out_partials,
+                scales=layer.o_proj.scales,
+                dtype=model.dtype,
                 num_rows=num_rows,
             )
             kernels.decode_gate_up(
@@ -115,11 +118,16 @@ class Qwen2Rows:
                 eps,
                 layer.gate_up_proj.weight,
                 self._mlp,
+                scales=layer.gate_up_proj.scales,
                 num_rows=num_rows,
             )
             x, other = other, x
             kernels.decode_down(
-                self._mlp, layer.down_proj.weight, self._down_partials, num_rows=num_rows
+                self._mlp,
+                layer.down_proj.weight,
+                self._down_partials,
+                scales=layer.down_proj.scales,
+                num_rows=num_rows,
             )
             partials = self._down_partials
         kernels.decode_head(
@@ -132,6 +140,7 @@ class Qwen2Rows:
             rows.forbidden_bytes,
             self._block_max,
             self._block_argmax,
+            scales=model.lm_head.scales,
             num_rows=num_rows,
         )
         kernels.pick_greedy(self._block_max, self._block_argmax, rows.greedy)

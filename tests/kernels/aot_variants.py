@@ -16,8 +16,10 @@ from tests.kernels import (
     aot_patch_embed,
     aot_place,
     aot_prefill_rope,
+    aot_quantize_rows,
     aot_resize,
     aot_rms_norm,
+    aot_scaled_linear,
     aot_silu_mul,
 )
 
@@ -36,8 +38,10 @@ MODULES = (
     aot_patch_embed,
     aot_place,
     aot_prefill_rope,
+    aot_quantize_rows,
     aot_resize,
     aot_rms_norm,
+    aot_scaled_linear,
     aot_silu_mul,
 )
 DEFAULT_SM = 90

@@ -3,12 +3,24 @@
 In the interpreter on tiny models; on a device also the real head sizes, in bfloat16, with graphs.
 """
 
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
 
+from ovfast import reference
+from ovfast.checkpoint import CheckpointWeights
+from ovfast.config import ModelConfig
 from ovfast.cuda_graphs import CudaCapture, GraphCache
 from ovfast.decode_rows import RowState
+from ovfast.models.llava_onevision import LlavaOnevision
 from ovfast.models.qwen2_rows import Qwen2Rows
+from ovfast.ops import PackedLinear, make_ops
+from ovfast.quantize import fake_float8
+from ovfast.roofline import text_body_params, text_head_params
 from tests.support import runtime
 from tests.support.checkpoints import CheckpointSpec
 from tests.support.devices import quick_first, quick_kernel_params, requires_cuda
@@ -69,6 +81,124 @@ def test_prefill_and_steps(random_checkpoint, device, dtype, spec):
             assert int(rows.greedy[row]) == int(rows.logits[row].argmax())
             tokens[index] = int(expected.argmax())
             rows.tokens[row] = tokens[index]
+
+
+def fake_float8_models(path: Path, dtype: torch.dtype) -> tuple[LlavaOnevision, LlavaOnevision]:
+    """Plain torch with the language model's weights as float8 keeps them: one that rounds the rows
+    it multiplies too, as a prefill does, and one that does not, as a decode step. `dtype` is
+    what the weights are rounded to before.
+    """
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return fake_float8(x).float()
+
+    def linear(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+        return reference.packed_linear(rounded(x), packed)
+
+    prefill = replace(
+        make_ops(torch.device("cpu"), "reference"),
+        linear=linear,
+        head=linear,
+        add_linear=partial(reference.add_linear, apply_linear=linear),
+        gate_up=partial(reference.gate_up, apply_linear=linear),
+    )
+
+    def pack(weight: torch.Tensor, bias: torch.Tensor | None = None, *_: int) -> PackedLinear:
+        return PackedLinear(rounded(weight.to(dtype)), bias)
+
+    models = []
+    for ops in (prefill, make_ops(torch.device("cpu"), "reference")):
+        ops = replace(
+            ops,
+            pack_qkv=pack,
+            pack_gate_up=pack,
+            pack_output=pack,
+            tie_head=lambda embedding: pack(embedding.weight),
+        )
+        config, cpu = ModelConfig.from_checkpoint(path), torch.device("cpu")
+        weights = CheckpointWeights(path, config)
+        models.append(LlavaOnevision(config, weights, ops, torch.float32, cpu))
+    return models[0], models[1]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("spec", quick_first("7_to_1", SPECS))
+@pytest.mark.parametrize(("device", "dtype"), quick_kernel_params())
+def test_float8_prefill_and_steps(random_checkpoint, device, dtype, spec):
+    """A prompt's logits and three steps of two rows over its cache, against float8 in plain torch.
+
+    What differs in the last bit may round to the next float8, a 16th away: the logits of a prompt
+    in 16 bits are near those of float32 as a whole alone.
+    """
+    path, where = random_checkpoint(SPECS[spec]), torch.device(device)
+    config = ModelConfig.from_checkpoint(path)
+    ops = make_ops(where, "triton", quantization="fp8")
+    ours = LlavaOnevision(config, CheckpointWeights(path, config), ops, dtype, where)
+    prefill, plain = fake_float8_models(path, dtype)
+    caches = [m.new_cache(num_slots=2, max_positions=320) for m in (ours, plain)]
+    rows = RowState(ours.vocab_size, torch.zeros(ours.vocab_size, dtype=torch.bool, device=device))
+    decoder = Qwen2Rows(ours.language_model, caches[0], ours._ops.decode)
+    tokens = []
+    for row, length in enumerate((9, 270)):
+        request = make_request([Text(length)], plain.config, seed=length)
+        own = ours.prefill(request, caches[0], row)[0].cpu()
+        expected = prefill.prefill(request, caches[1], row)[0]
+        if dtype == torch.float32:
+            assert float((own - expected).abs().max()) <= 2e-2 * float(expected.abs().max())
+        assert float(F.cosine_similarity(own, expected, dim=0)) >= 0.99
+        rows.slots[row], rows.positions[row] = row, request.num_tokens
+        tokens.append(int(expected.argmax()))
+        rows.tokens[row] = tokens[-1]
+    caches[1].k_cache.copy_(caches[0].k_cache)
+    caches[1].v_cache.copy_(caches[0].v_cache)
+    for _ in range(3):
+        decoder.decode(rows, 2, 2)
+        rows.positions += rows.slots >= 0
+        for row in range(2):
+            expected = plain.decode(tokens[row], caches[1], row)
+            error = float((rows.logits[row].cpu() - expected).abs().max())
+            assert error <= BOUND[dtype] * float(expected.abs().max())
+            tokens[row] = int(expected.argmax())
+            rows.tokens[row] = tokens[row]
+
+
+@pytest.mark.interpreter
+def test_an_engine_with_float8_in_the_interpreter(random_checkpoint):
+    """Its weights are float8, its bytes are counted, and a request does not know its neighbours."""
+    path = random_checkpoint(SPECS["7_to_1"])
+    options = {"max_seq_len": 320, "max_batch_size": 2, "backend": "triton", "quantization": "fp8"}
+    with open_engine(path, **options) as engine:
+        language_model = engine._model.language_model
+        layer, text = language_model.layers[0], engine.config.text
+        for packed in (layer.qkv_proj, layer.o_proj, layer.down_proj, language_model.lm_head):
+            assert packed.weight.dtype == torch.float8_e4m3fn
+            assert packed.scales.shape == (len(packed.weight),)
+        assert language_model.embedding.weight.dtype == torch.float32
+        assert engine.storage == "fp8"
+        float8 = text_body_params(text) + text_head_params(text)
+        rest = engine.config.num_parameters - text_body_params(text)  # the embedding is tied
+        assert engine.estimate("Q").weight_bytes == float8 + 4 * rest
+        ask = {"max_new_tokens": 3, "ignore_eos": True}
+        alone = [engine.generate(prompt, **ask).token_ids for prompt in ("One", "Another one")]
+        both = engine.generate(["One", "Another one"], **ask)
+        assert [output.token_ids for output in both] == alone
+        pictures = engine.generate(**REQUESTS["image"], max_new_tokens=2, ignore_eos=True)
+        assert len(pictures.token_ids) == 2
+
+
+@requires_cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [True, False])
+def test_float8_on_a_device(random_checkpoint, graphs):
+    """In half the memory; alone, in a batch and twice the same tokens."""
+    path = random_checkpoint(REAL)
+    options = {"device": "cuda", "max_seq_len": 2048, "max_batch_size": 16, "quantization": "fp8"}
+    with open_engine(path, cuda_graphs=graphs, **options) as engine:
+        prompts = [f"Number {index} of many" * (1 + index % 5) for index in range(16)]
+        ask = {"max_new_tokens": 20, "ignore_eos": True}
+        alone = [engine.generate(prompt, **ask).token_ids for prompt in prompts]
+        for _ in range(2):
+            assert [out.token_ids for out in engine.generate(prompts, **ask)] == alone
 
 
 @pytest.mark.interpreter

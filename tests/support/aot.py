@@ -47,6 +47,17 @@ class Variant:
         return str(self.kernel.__name__)
 
 
+def weight_arguments(dtype: str) -> tuple[str, dict[str, str], dict[str, Any]]:
+    """A weight of decode in "bf16", "fp16", "fp32" or "fp8", the last beside bf16 activations.
+
+    Returns:
+        The activations' dtype, the weight's pointers, and those that are None.
+    """
+    if dtype == "fp8":
+        return "bf16", {"w_ptr": "*fp8e4nv", "scales_ptr": "*fp32"}, {}
+    return dtype, {"w_ptr": f"*{dtype}"}, {"scales_ptr": None}
+
+
 @dataclass(frozen=True, slots=True)
 class Resources:
     """What a compiled kernel needs; the fields of the committed table."""

@@ -1,147 +1,128 @@
-"""Timing on a CUDA device: interleaved races by events, and the record of a run."""
+"""Timing on a CUDA device: works taken in turn, of the device alone or as a caller waits for them.
+
+`CudaTimer.device` is for kernels: nothing of the host is in its figures. `CudaTimer.host` is for
+what users call: the host's checks and launches are in them, as they are in a request. What a figure
+means is the caller's choice; the record of a run is `device_records`.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from ovfast.bench.calibration import Calibration
-from ovfast.bench.record import Header, Row, append_row, write_header
-from ovfast.bench.statistics import paired_ratio, summarize, verdict
-from ovfast.roofline import Machine
+from ovfast.cuda_graphs import CudaCapture
 
 Work = Callable[[], Any]
-STORAGE = "bfloat16"
-# What is not ours; any other name of a race is a variant of ovfast.
-PEERS = ("transformers", "transformers-static", "transformers-fast", "torch", "sdpa", "cublas")
-FLUSH_BYTES = 256 << 20  # more than any L2: what a race reads is cold, as in a request
+Samples = dict[str, list[float]]
+FLUSH_BYTES = 256 << 20  # more than any L2: what a work reads is cold, as in a request
+# The device spins so long ahead of a run, about 0.1 ms at 2 GHz and 1 ms: launching a graph takes
+# some 10 µs of the host, a call with its checks some 50 µs a kernel.
+REPLAY_CYCLES, CALL_CYCLES = 200_000, 2_000_000
 
 
-def race(works: Mapping[str, Work], *, repeats: int = 15, warm: int = 3) -> dict[str, list[float]]:
-    """Milliseconds of each work, taken in turn (A B A B), the L2 flushed before each.
+class CudaTimer:
+    """Times works on the current CUDA device; a stand-in on a CPU has the same three methods."""
 
-    Args:
-        works: name → what to time; the first calls compile and are not counted.
-        repeats: counted runs of each.
-        warm: runs of each before.
-    """
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    samples: dict[str, list[float]] = {name: [] for name in works}
+    def __init__(self) -> None:
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def device(self, works: Mapping[str, Work], *, repeats: int = 30, warm: int = 3) -> Samples:
+        """Milliseconds of the device alone, taken in turn (A B A B), the L2 flushed before each.
+
+        A work is captured once and replayed, and the device is kept busy until the replay is
+        queued: neither the host's launches nor its checks are in the figure.
+
+        Args:
+            works: name → what to time; the first calls compile and are not counted.
+            repeats: counted runs of each.
+            warm: calls of each before.
+        """
+        runs = {}
+        capture = CudaCapture(torch.device("cuda"))
+        for name, work in works.items():
+            runs[name] = _captured(name, work, capture, warm)
+            runs[name][0]()
+        pairs: dict[str, list[tuple[Any, Any]]] = {name: [] for name in works}
+        for _ in range(repeats):
+            for name, (run, cycles) in runs.items():
+                pairs[name].append(self._queue(run, cycles))
+            torch.cuda.synchronize()
+        return {
+            name: [start.elapsed_time(end) for start, end in taken] for name, taken in pairs.items()
+        }
+
+    def _queue(self, run: Work, cycles: int) -> tuple[Any, Any]:
+        """Enqueues one run between two events; nothing waits for the device."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(cycles)
+        self._flush.zero_()
+        start.record()
+        run()
+        end.record()
+        return start, end
+
+    def captured(self, work: Work, warm: int = 3) -> Work:
+        """A work as a graph to be replayed, for a race by the host's clock.
+
+        Args:
+            work: what to capture; where it cannot be, it is called instead.
+            warm: calls before.
+        """
+        return _captured("work", work, CudaCapture(torch.device("cuda")), warm)[0]
+
+    def host(self, works: Mapping[str, Work], *, repeats: int = 15, warm: int = 3) -> Samples:
+        """Milliseconds by the host's clock from the call to the end of the device's work, in turn.
+
+        Checks, launches and whatever else the host does are in the figure; nothing is flushed. A
+        work that returns a float has timed itself, in milliseconds.
+
+        Args:
+            works: name → what to time.
+            repeats: counted runs of each.
+            warm: runs of each before.
+        """
+        return host_samples(works, repeats, warm, torch.cuda.synchronize)
+
+
+def host_samples(
+    works: Mapping[str, Work], repeats: int, warm: int, wait: Callable[[], Any]
+) -> Samples:
+    """The loop of `CudaTimer.host`; `wait` returns when the device has nothing left to do."""
+    samples: Samples = {name: [] for name in works}
     for repeat in range(warm + repeats):
         for name, work in works.items():
-            flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-            if repeat >= warm:
-                samples[name].append(start.elapsed_time(end))
-    return samples
-
-
-def host_race(works: Mapping[str, Work], *, repeats: int = 15, warm: int = 3) -> dict[str, Any]:
-    """As `race`, by the host's clock from the call to the end of the device's work."""
-    samples: dict[str, list[float]] = {name: [] for name in works}
-    for repeat in range(warm + repeats):
-        for name, work in works.items():
-            torch.cuda.synchronize()
+            wait()
             start = time.perf_counter()
-            work()
-            torch.cuda.synchronize()
+            own = work()
+            wait()
+            elapsed = 1e3 * (time.perf_counter() - start)
             if repeat >= warm:
-                samples[name].append(1e3 * (time.perf_counter() - start))
+                samples[name].append(own if isinstance(own, float) else elapsed)
     return samples
 
 
-class Records:
-    """Rows of one run, written as soon as they are known, and printed.
+def _captured(name: str, work: Work, capture: CudaCapture, warm: int) -> tuple[Work, int]:
+    """What to run for a work, and the cycles of the device that hide its launch."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what a work sets up when first called is not captured
+        for _ in range(max(1, warm)):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    try:
+        graph = capture(work, None)
+    except RuntimeError as error:
+        print(f"{name} cannot be captured ({error}); it is called behind a busy device", flush=True)
+        return work, CALL_CYCLES
+    return lambda: graph.replay(None), REPLAY_CYCLES
 
-    Args:
-        path: of the file, `ovfast.bench.record`'s format.
-        budget_s: no section starts after it.
-        header: of the file.
-    """
 
-    def __init__(self, path: Path, budget_s: float, header: Header) -> None:
-        self._path, self._deadline = path, time.monotonic() + budget_s
-        self._threads = header.threads
-        self.machine: Machine = Calibration.from_dict(header.machine).machine(STORAGE)
-        write_header(path, header)
-
-    @property
-    def is_over(self) -> bool:
-        return time.monotonic() > self._deadline
-
-    def write(self, side: str, metric: str, unit: str, **given: Any) -> None:
-        """Appends one row and prints it.
-
-        Args:
-            side: "ovfast" or the name of a peer.
-            metric: of `record.Row`.
-            unit: of `record.Row`.
-            **given: other fields of `record.Row`.
-        """
-        parameters = {"device": "cuda", "threads": self._threads} | given.pop("parameters", {})
-        given.setdefault("samples", ())
-        row = Row(
-            side=side, metric=metric, unit=unit, storage=STORAGE, parameters=parameters, **given
-        )
-        append_row(self._path, row)
-        said = row.error or f"{summarize(row.samples).median:.4g} {unit}"
-        if row.floor is not None and row.samples:
-            said += f", limit {row.floor:.4g} {unit}"
-        variant = row.parameters.get("variant", "")
-        print(f"{row.workload:32} {side} {variant} {metric}: {said}", flush=True)
-
-    def failed(self, suite: str, workload: str, error: str) -> None:
-        """A row of something that could not be measured."""
-        self.write("ovfast", "call_ms", "ms", suite=suite, workload=workload, error=error)
-
-    def race(
-        self,
-        suite: str,
-        workload: str,
-        samples: Mapping[str, list[float]],
-        *,
-        metric: str = "call_ms",
-        flop: float = 0.0,
-        num_bytes: float = 0.0,
-        parameters: Mapping[str, int | float | str] | None = None,
-    ) -> None:
-        """A row for each side of a race, and how the others compare with "ovfast".
-
-        Args:
-            suite: of the rows.
-            workload: their name.
-            samples: milliseconds by side; names that are no peer's are variants of ovfast.
-            metric: of the rows.
-            flop: arithmetic that must be done.
-            num_bytes: that must be moved.
-            parameters: of the rows.
-        """
-        floor = self.machine.floor_ms(flop, num_bytes) or None
-        for name, values in samples.items():
-            is_variant = name != "ovfast" and name not in PEERS
-            self.write(
-                name if name in PEERS else "ovfast",
-                metric,
-                "ms",
-                suite=suite,
-                workload=workload,
-                samples=tuple(values),
-                floor=floor,
-                parameters=dict(parameters or {}) | ({"variant": name} if is_variant else {}),
-            )
-            if name != "ovfast":
-                ratio = paired_ratio(samples["ovfast"], values)
-                print(
-                    f"{workload:32} ovfast against {name}: {ratio.median:.3g} times"
-                    f" ({ratio.low:.3g} to {ratio.high:.3g}), {verdict(ratio)}",
-                    flush=True,
-                )
+def cycled(make: Callable[[int], Any], count: int) -> Iterator[Any]:
+    """What `make` gives for 0…count - 1, made now, again and again."""
+    made = [make(index) for index in range(count)]
+    while True:
+        yield from made

@@ -1,142 +1,193 @@
-"""The language half of `benchmarks.gpu`: first token from encoded bytes, decode by rows and length.
+"""The language half of `benchmarks.gpu`: decode by rows and context, prefill by length.
 
-Both sides answer the same prompts with the same random weights, greedily and without stopping. The
-floor of a decode step is the bytes of weights and cache that it must read over the copy rate.
+Both sides have the same random weights and decode greedily without stopping. The floor of a decode
+step is the bytes of weights and cache that it must read over the copy rate. What a row's time is of
+stands in its parameter "timed": "device", a captured step by itself; "host", as a caller waits for
+it; "request", by the tokens of whole answers.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 import ovfast
-from benchmarks.device_timing import host_race
-from ovfast.bench.workloads import QUESTION, encoded_picture
-from ovfast.roofline import decode_bytes
+from benchmarks.gpu_bench import Bench
+from benchmarks.gpu_steps import Steps
+from ovfast import ops_triton
+from ovfast.roofline import decode_bytes, prefill_stage
 
-if TYPE_CHECKING:
-    from benchmarks.gpu import Bench
-
-SIZES_HW = ((480, 640), (768, 1024))
 ROWS = (1, 4, 16)
 CONTEXTS = (1024, 5120, 16384)
+PROMPTS = (1024, 4096, 7300)  # 7300: the longest prompt of one picture
 NEW_TOKENS = 64
+STEP_REPEATS, STEP_WARM = 8, 2  # transformers takes 30 ms and more
+ANSWER_REPEATS = 4
 
 
-def _open(bench: Bench, **options: Any) -> ovfast.Engine:
-    return ovfast.load(bench.checkpoint, device="cuda", backend="triton", **options)
-
-
-def ttft(bench: Bench) -> None:
-    """Milliseconds from the call with JPEG bytes to the first token on the host."""
-    theirs = bench.theirs()
-    processor = bench.processor()
-    with _open(bench, max_seq_len=8192) as engine:
-        for size_hw in SIZES_HW:
-            _race_ttft(bench, engine, theirs, processor, size_hw)
-
-
-def _race_ttft(
-    bench: Bench, engine: ovfast.Engine, theirs: Any, processor: Any, size_hw: tuple[int, int]
-) -> None:
-    import io
-
-    from PIL import Image
-
-    seed = iter(range(10**6))  # every picture is new to both
-
-    def ours() -> None:
-        picture = encoded_picture(size_hw, next(seed))
-        start = time.perf_counter()
-        stream = engine.stream(QUESTION, images=picture, max_new_tokens=2, ignore_eos=True)
-        next(stream)
-        times["ovfast"].append(1e3 * (time.perf_counter() - start))
-        stream.close()
-
-    @torch.inference_mode()
-    def upstream() -> None:
-        picture = encoded_picture(size_hw, next(seed))
-        start = time.perf_counter()
-        image = Image.open(io.BytesIO(picture)).convert("RGB")
-        inputs = engine._processor.layout(
-            QUESTION, images=[(image.height, image.width)], visual=engine.visual
-        )[0]
-        pixels = processor([image], return_tensors="pt")
-        out = theirs(
-            input_ids=torch.from_numpy(inputs)[None].cuda(),
-            pixel_values=pixels["pixel_values"].to("cuda", theirs.dtype),
-            image_sizes=pixels["image_sizes"].cuda(),
-            logits_to_keep=1,
-        )
-        int(out.logits[0, -1].argmax())
-        times["transformers"].append(1e3 * (time.perf_counter() - start))
-
-    times: dict[str, list[float]] = {"ovfast": [], "transformers": []}
-    host_race({"ovfast": ours, "transformers": upstream}, repeats=12, warm=3)
-    counted = {name: values[3:] for name, values in times.items()}
-    bench.records.race("latency", f"{size_hw[1]}x{size_hw[0]}", counted, metric="ttft_ms")
-
-
+@torch.inference_mode()
 def decode(bench: Bench) -> None:
-    """Milliseconds a step by rows and context, and transformers' `generate` for one row."""
+    """A step by rows and context; a step of transformers' modules over a dynamic cache beside it.
+
+    Contexts are random keys and values: a step does not depend on what they are.
+    """
+    bench.each(f"decode at {CONTEXTS[0]}, answers", answers)
     for context in CONTEXTS:
-        with _open(bench, max_seq_len=context + 2 * NEW_TOKENS, max_batch_size=16) as engine:
-            for num_rows in ROWS:
-                _time_decode(bench, engine, context, num_rows)
-    _time_upstream(bench, bench.theirs(), CONTEXTS[0])
+        for num_rows in ROWS:
+            name = f"decode at {context}, {num_rows} rows"
+            bench.each(name, _race_steps, context, num_rows)
 
 
-def _time_decode(bench: Bench, engine: ovfast.Engine, context: int, num_rows: int) -> None:
-    prompts = [_random_prompt(engine, context) for _ in range(num_rows)]
-    samples = []
-    for repeat in range(5):
-        outputs = engine.generate(prompts, max_new_tokens=NEW_TOKENS, ignore_eos=True)
-        if repeat:
-            samples.append(max(output.timings.tpot_ms for output in outputs))
-    num_bytes = decode_bytes(engine.config.text, context, 2.0, 2.0, num_rows)
-    bench.records.race(
+def _race_steps(bench: Bench, context: int, num_rows: int) -> None:
+    step = Steps(bench, context, num_rows)
+    text, width = bench.config.text, float(bench.dtype.itemsize)
+    name = f"decode at {context}"
+    given: dict[str, Any] = {
+        "metric": "step_ms",
+        "num_bytes": decode_bytes(text, context, width, width, num_rows),
+    }
+    parameters = {"context": context, "rows": num_rows}
+    alone = bench.timer.device({"ovfast": step})
+    step.check()
+    bench.race("latency", name, alone, parameters=parameters | {"timed": "device"}, **given)
+    theirs = _their_step(bench, context, num_rows)
+    works = {"ovfast": bench.timer.captured(step), "transformers": theirs}
+    samples = bench.timer.host(works, repeats=STEP_REPEATS, warm=STEP_WARM)
+    step.check()
+    bench.race("latency", name, samples, parameters=parameters | {"timed": "host"}, **given)
+
+
+def _their_step(bench: Bench, context: int, num_rows: int) -> Callable[[], Any]:
+    """A step of transformers' model; its cache grows by a position each time, as it does."""
+    from transformers import DynamicCache
+
+    theirs, text = bench.theirs, bench.config.text
+    cache = DynamicCache(config=theirs.config.text_config)
+    shape = (num_rows, text.num_kv_heads, context, text.head_dim)
+    for layer in range(text.num_layers):
+        cache.update(bench.random(*shape), bench.random(*shape), layer)
+    tokens = torch.full((num_rows, 1), 5, device=bench.device)
+    # "cache" from transformers 5.24 on, "past_key_values" before.
+    names = inspect.signature(theirs.forward).parameters
+    options = {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
+
+    def step() -> None:
+        theirs(input_ids=tokens, **options).logits[:, -1].argmax(-1)
+
+    return step
+
+
+def answers(bench: Bench) -> None:
+    """Milliseconds a token of whole answers, against transformers' `generate`, one row."""
+    context = CONTEXTS[0]
+    with bench.open_engine(context + 2 * NEW_TOKENS) as engine:
+        prompt = _random_prompt(engine, context)
+        ids = torch.from_numpy(prompt.input_ids)[None].to(bench.device)
+
+        def ours() -> float:
+            output = engine.generate(prompt, max_new_tokens=NEW_TOKENS, ignore_eos=True)
+            return float(output.timings.tpot_ms)
+
+        works = {"ovfast": ours, "transformers": lambda: _their_answer(bench, ids)}
+        _race_answers(bench, bench.timer.host(works, repeats=ANSWER_REPEATS, warm=2))
+
+
+def _race_answers(bench: Bench, samples: dict[str, list[float]]) -> None:
+    context, width = CONTEXTS[0], float(bench.dtype.itemsize)
+    bench.race(
         "latency",
         f"decode at {context}",
-        {"ovfast": samples},
+        samples,
         metric="step_ms",
-        num_bytes=num_bytes,
-        parameters={"context": context, "rows": num_rows},
+        num_bytes=decode_bytes(bench.config.text, context, width, width),
+        parameters={"context": context, "rows": 1, "timed": "request"},
     )
 
 
 def _random_prompt(engine: ovfast.Engine, length: int) -> Any:
     inputs = engine.prepare("x", raw=True)
-    ids = np.random.default_rng().integers(0, 10_000, length)
+    ids = np.random.default_rng().integers(0, min(10_000, engine._vocab_size // 2), length)
     return type(inputs)(ids, (), (), (), inputs.visual)
 
 
-@torch.inference_mode()
-def _time_upstream(bench: Bench, theirs: Any, context: int) -> None:
-    ids = torch.randint(0, 10_000, (1, context), device="cuda")
-    for implementation in ("dynamic", "static"):
-        options = {"do_sample": False, "cache_implementation": implementation}
-        if implementation == "dynamic":
-            del options["cache_implementation"]
-        samples = []
-        for repeat in range(4):
-            times = []
-            for count in (1, NEW_TOKENS):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                theirs.generate(ids, max_new_tokens=count, min_new_tokens=count, **options)
-                torch.cuda.synchronize()
-                times.append(1e3 * (time.perf_counter() - start))
-            if repeat:
-                samples.append((times[1] - times[0]) / (NEW_TOKENS - 1))
-        bench.records.write(
-            "transformers" if implementation == "dynamic" else "transformers-static",
-            "step_ms",
-            "ms",
-            suite="latency",
-            workload=f"decode at {context}",
-            samples=tuple(samples),
-            parameters={"context": context, "rows": 1},
+def _their_answer(bench: Bench, ids: torch.Tensor, **options: Any) -> float:
+    """Milliseconds a token of `generate`: a long answer less an answer of one token."""
+    times = []
+    for count in (1, NEW_TOKENS):
+        start = time.perf_counter()
+        out = bench.theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=count,
+            **options,
         )
+        out[0, -1].item()
+        times.append(1e3 * (time.perf_counter() - start))
+    return (times[1] - times[0]) / (NEW_TOKENS - 1)
+
+
+def compiled(bench: Bench) -> None:
+    """Transformers' `generate` over a static cache, which compiles its step by itself; one row."""
+    ids = torch.randint(0, bench.spec.tokenizer_base, (1, CONTEXTS[0]), device=bench.device)
+
+    def upstream() -> float:
+        return _their_answer(bench, ids, cache_implementation="static")
+
+    with torch.no_grad():
+        samples = bench.timer.host({"transformers-static": upstream}, repeats=4, warm=2)
+    _race_answers(bench, samples)
+
+
+@torch.inference_mode()
+def prefill(bench: Bench) -> None:
+    """A prompt's rows through the language model to the last one's logits, by the host's clock.
+
+    The variants are the attentions that `ovfast.load` takes; "ovfast" is what "auto" chooses.
+    """
+    for num_tokens in PROMPTS:
+        bench.each(f"prefill of {num_tokens}", _race_prefill, num_tokens)
+
+
+def _race_prefill(bench: Bench, num_tokens: int) -> None:
+    model, theirs = bench.model.language_model, bench.theirs
+    embeds = bench.random(num_tokens, bench.config.text.hidden_size, scale=0.02)
+    cache = bench.model.new_cache(num_slots=1, max_positions=num_tokens)
+
+    def run(ops: Any) -> torch.Tensor:
+        model._ops = ops
+        slot = cache.allocate()
+        logits = model.prefill(embeds, cache, slot)
+        cache.free(slot)
+        return logits
+
+    def upstream() -> Any:
+        return theirs(inputs_embeds=embeds[None], use_cache=True, logits_to_keep=1)
+
+    names = ("triton", "flash") if importlib.util.find_spec("flash_attn") else ("triton",)
+    works: dict[str, Callable[[], Any]] = {"ovfast": lambda: run(bench.ops)}
+    for name in names:
+        own = replace(bench.ops, causal_attention=ops_triton._causal_attention(name))
+        works[f"attention={name}"] = lambda own=own: run(own)
+    works["transformers"] = upstream
+    try:
+        samples = bench.timer.host(works, repeats=STEP_REPEATS, warm=STEP_WARM)
+    finally:
+        model._ops = bench.ops
+    stage = prefill_stage(bench.config.text, num_tokens, float(bench.dtype.itemsize))
+    bench.race(
+        "latency",
+        f"prefill of {num_tokens}",
+        samples,
+        metric="prefill_ms",
+        flop=float(stage.flops),
+        num_bytes=float(stage.weight_bytes),
+        parameters={"tokens": num_tokens},
+    )

@@ -49,9 +49,10 @@ test-oldest-triton: $(OLDEST_TRITON)/.installed
 	@PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest -q tests/kernels/test_aot.py -k "sm_90 and bf16"
 
 
-# Everything that only a CUDA device can tell; rows go to benchmarks/results/.
-gpu: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
+# Everything that only a CUDA device can tell; rows go to benchmarks/results/. Builds nothing: where
+# there is no .venv, as on a machine without a network, the Python at hand has torch and triton.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(GPU_ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

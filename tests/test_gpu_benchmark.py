@@ -4,6 +4,7 @@ The works that it times are called in `test_gpu_works`.
 """
 
 import contextlib
+import shutil
 import subprocess
 import sys
 import time
@@ -312,3 +313,17 @@ def test_without_a_device_it_measures_nothing(tmp_path):
     assert done.returncode != 0
     assert "none was found" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("has_environment", [True, False])
+def test_make_gpu_needs_no_network(tmp_path, has_environment):
+    python = tmp_path / "bin" / "python"
+    if has_environment:
+        python.parent.mkdir()
+        python.touch()
+    command = ["make", "--dry-run", "gpu", f"VENV={tmp_path}", "PYTHON=python3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    used = python if has_environment else "python3"
+    assert done.stdout.strip() == f"{used} -m benchmarks.gpu"

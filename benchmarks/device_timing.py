@@ -18,9 +18,9 @@ from ovfast.cuda_graphs import CudaCapture
 Work = Callable[[], Any]
 Samples = dict[str, list[float]]
 FLUSH_BYTES = 256 << 20  # more than any L2: what a work reads is cold, as in a request
-# The device spins so long ahead of a run, about 0.1 ms at 2 GHz and 1 ms: launching a graph takes
-# some 10 µs of the host, a call with its checks some 50 µs a kernel.
-REPLAY_CYCLES, CALL_CYCLES = 200_000, 2_000_000
+# The device spins so long ahead of a run, about 0.2 ms at 2 GHz and 1 ms: launching a graph takes
+# 10 to 100 µs of the host, a call with its checks some 50 µs a kernel.
+REPLAY_CYCLES, CALL_CYCLES = 400_000, 2_000_000
 
 
 class CudaTimer:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu_models
-from benchmarks.device_records import OutOfTime, Records
+from benchmarks.device_records import PEERS, OutOfTime, Records
+from benchmarks.device_timing import Samples, Work
 from ovfast.anyres import VisualGeometry, VisualOptions, VisualPlan, plan_image, plan_video
 from ovfast.config import ModelConfig
 from ovfast.cuda_graphs import DEFAULT_GRAPH_BYTES, CudaCapture, GraphCache
@@ -152,20 +153,45 @@ class Bench:
             raise
         except Exception as error:
             traceback.print_exc()
-            self.failed(workload, "call_ms", "ovfast", error)
+            self.failed(workload, "ovfast", error)
             if is_lost(self.device):
                 raise
 
-    def failed(self, workload: str, metric: str, side: str, error: Exception) -> None:
-        """A row of a side that could not be measured."""
+    def time_device(self, workload: str, works: Mapping[str, Work], **options: Any) -> Samples:
+        """As `CudaTimer.device`, of the sides that run; one that fails leaves a row."""
+        return self.timer.device(self._able(workload, works), **options)
+
+    def time_host(self, workload: str, works: Mapping[str, Work], **options: Any) -> Samples:
+        """As `CudaTimer.host`, of the sides that run; one that fails leaves a row."""
+        return self.timer.host(self._able(workload, works), **options)
+
+    def _able(self, workload: str, works: Mapping[str, Work]) -> dict[str, Work]:
+        able: dict[str, Work] = {}
+        for name, work in works.items():
+            try:
+                work()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+            except Exception as error:
+                traceback.print_exc()
+                self.failed(workload, name, error)
+                if is_lost(self.device):
+                    raise
+            else:
+                able[name] = work
+        return able
+
+    def failed(self, workload: str, side: str, error: Exception) -> None:
+        """A row of a side, or of a variant of ovfast, that could not be measured."""
+        is_variant = side != "ovfast" and side not in PEERS
         self.records.write(
-            side,
-            metric,
+            "ovfast" if is_variant else side,
+            "call_ms",
             "ms",
             suite="latency",
             workload=workload,
             error=f"{type(error).__name__}: {error}",
-            parameters={"model": self.name},
+            parameters={"model": self.name} | ({"variant": side} if is_variant else {}),
         )
 
 

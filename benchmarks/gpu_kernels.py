@@ -70,7 +70,7 @@ def _race_tiles(bench: Bench, product: _Product) -> None:
 
 
 def _race(bench: Bench, name: str, works: Works, flop: float = 0.0, num_bytes: float = 0.0) -> None:
-    samples = bench.timer.device(works)
+    samples = bench.time_device(name, works)
     bench.race("kernels", name, samples, flop=flop, num_bytes=num_bytes)
 
 

@@ -54,12 +54,12 @@ def _race_steps(bench: Bench, context: int, num_rows: int) -> None:
         "num_bytes": decode_bytes(text, context, width, width, num_rows),
     }
     parameters = {"context": context, "rows": num_rows}
-    alone = bench.timer.device({"ovfast": step})
+    alone = bench.time_device(name, {"ovfast": step})
     step.check()
     bench.race("latency", name, alone, parameters=parameters | {"timed": "device"}, **given)
     theirs = _their_step(bench, context, num_rows)
     works = {"ovfast": bench.timer.captured(step), "transformers": theirs}
-    samples = bench.timer.host(works, repeats=STEP_REPEATS, warm=STEP_WARM)
+    samples = bench.time_host(name, works, repeats=STEP_REPEATS, warm=STEP_WARM)
     step.check()
     bench.race("latency", name, samples, parameters=parameters | {"timed": "host"}, **given)
 
@@ -96,7 +96,8 @@ def answers(bench: Bench) -> None:
             return float(output.timings.tpot_ms)
 
         works = {"ovfast": ours, "transformers": lambda: _their_answer(bench, ids)}
-        _race_answers(bench, bench.timer.host(works, repeats=ANSWER_REPEATS, warm=2))
+        name = f"decode at {context}, answers"
+        _race_answers(bench, bench.time_host(name, works, repeats=ANSWER_REPEATS, warm=2))
 
 
 def _race_answers(bench: Bench, samples: dict[str, list[float]]) -> None:
@@ -142,7 +143,9 @@ def compiled(bench: Bench) -> None:
         return _their_answer(bench, ids, cache_implementation="static")
 
     with torch.no_grad():
-        samples = bench.timer.host({"transformers-static": upstream}, repeats=4, warm=2)
+        samples = bench.timer.host(
+            {"transformers-static": upstream}, repeats=ANSWER_REPEATS, warm=2
+        )
     _race_answers(bench, samples)
 
 
@@ -157,7 +160,7 @@ def prefill(bench: Bench) -> None:
 
 
 def _race_prefill(bench: Bench, num_tokens: int) -> None:
-    model, theirs = bench.model.language_model, bench.theirs
+    model = bench.model.language_model
     embeds = bench.random(num_tokens, bench.config.text.hidden_size, scale=0.02)
     cache = bench.model.new_cache(num_slots=1, max_positions=num_tokens)
 
@@ -169,22 +172,23 @@ def _race_prefill(bench: Bench, num_tokens: int) -> None:
         return logits
 
     def upstream() -> Any:
-        return theirs(inputs_embeds=embeds[None], use_cache=True, logits_to_keep=1)
+        return bench.theirs(inputs_embeds=embeds[None], use_cache=True, logits_to_keep=1)
 
-    names = ("triton", "flash") if importlib.util.find_spec("flash_attn") else ("triton",)
+    name = f"prefill of {num_tokens}"
+    kinds = ("triton", "flash") if importlib.util.find_spec("flash_attn") else ("triton",)
     works: dict[str, Callable[[], Any]] = {"ovfast": lambda: run(bench.ops)}
-    for name in names:
-        own = replace(bench.ops, causal_attention=ops_triton._causal_attention(name))
-        works[f"attention={name}"] = lambda own=own: run(own)
+    for kind in kinds:
+        own = replace(bench.ops, causal_attention=ops_triton._causal_attention(kind))
+        works[f"attention={kind}"] = lambda own=own: run(own)
     works["transformers"] = upstream
     try:
-        samples = bench.timer.host(works, repeats=STEP_REPEATS, warm=STEP_WARM)
+        samples = bench.time_host(name, works, repeats=STEP_REPEATS, warm=STEP_WARM)
     finally:
         model._ops = bench.ops
     stage = prefill_stage(bench.config.text, num_tokens, float(bench.dtype.itemsize))
     bench.race(
         "latency",
-        f"prefill of {num_tokens}",
+        name,
         samples,
         metric="prefill_ms",
         flop=float(stage.flops),

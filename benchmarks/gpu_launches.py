@@ -40,7 +40,7 @@ def _race_kernel(bench: Bench, name: str, work: KernelWork, num_rows: int) -> No
     bench.race(
         "kernels",
         f"{name}, {num_rows} rows",
-        bench.timer.device(works),
+        bench.time_device(f"{name}, {num_rows} rows", works),
         num_bytes=work.num_bytes,
         parameters={"rows": num_rows},
     )
@@ -72,9 +72,10 @@ def _race_launches(bench: Bench, what: str, sizes: dict[str, int], plain: Decode
     kinds = {"ovfast": bench.ops.decode, "without PDL": plain}
     chains = {name: _chain(_layer(bench, kernels, 1, **sizes)) for name, kernels in kinds.items()}
     name, count = f"launch of a {what} layer's kernels", 5 * CHAINS
-    for source, timed in (("graph", bench.timer.device), ("host", bench.timer.host)):
+    for source, timed in (("graph", bench.time_device), ("host", bench.time_host)):
         samples = {
-            side: [value / count for value in values] for side, values in timed(chains).items()
+            side: [value / count for value in values]
+            for side, values in timed(name, chains).items()
         }
         parameters = {"launches": count, "from": source}
         bench.race("kernels", name, samples, metric="launch_ms", parameters=parameters)
@@ -82,7 +83,7 @@ def _race_launches(bench: Bench, what: str, sizes: dict[str, int], plain: Decode
 
 def _race_steps(bench: Bench, plain: DecodeKernels) -> None:
     steps = {"ovfast": Steps(bench, CONTEXT, 1), "without PDL": Steps(bench, CONTEXT, 1, plain)}
-    samples = bench.timer.device(steps)
+    samples = bench.time_device("launches of a step", steps)
     for step in steps.values():
         step.check()
     bench.race("kernels", f"launches of a step at {CONTEXT}", samples, metric="step_ms")

@@ -83,7 +83,7 @@ def _race_ttft(bench: Bench, engine: ovfast.Engine, workload: Workload) -> None:
         "same size": timed(lambda request: _our_token(engine, request), False),
         "transformers": timed(lambda request: _their_token(bench, engine, request), True),
     }
-    samples = bench.timer.host(works, repeats=REPEATS, warm=WARM)
+    samples = bench.time_host(workload.name, works, repeats=REPEATS, warm=WARM)
     plans, num_text = _plans(engine, workload)
     stages = request_stages(bench.config, plans, num_text, float(bench.dtype.itemsize))
     bench.race(

@@ -35,7 +35,7 @@ def tower(bench: Bench) -> None:
 
 
 def _race_tower(bench: Bench, num_views: int) -> None:
-    ours, theirs = bench.model.vision_tower, bench.theirs.model.vision_tower
+    ours = bench.model.vision_tower
     graphs, side = ours._graphs, bench.config.vision.image_size
     views = random_pixels(num_views, side, side)
     pixels = view_pixels(views, bench.device)
@@ -48,10 +48,12 @@ def _race_tower(bench: Bench, num_views: int) -> None:
     works: dict[str, Callable[[], Any]] = {
         "ovfast": lambda: run(graphs),
         "eager": lambda: run(None),
-        "transformers": lambda: theirs(normalised, output_hidden_states=True),
+        "transformers": lambda: bench.theirs.model.vision_tower(
+            normalised, output_hidden_states=True
+        ),
     }
     try:
-        samples = bench.timer.host(works)
+        samples = bench.time_host(f"tower, {num_views} views", works)
     finally:
         ours._graphs = graphs
     flop = float(vision_flops(bench.config.vision, num_views))
@@ -90,10 +92,10 @@ def _race_vision(bench: Bench, size_hw: tuple[int, int], num_frames: int) -> Non
         "same size": lambda: bench.model.build_inputs_embeds(same),
         "transformers": lambda: upstream(bench, next(others).media[0]),
     }
-    samples = bench.timer.host(works, repeats=REPEATS, warm=WARM)
+    what = f"{num_frames} frames" if num_frames else f"{size_hw[1]}x{size_hw[0]}"
+    samples = bench.time_host(f"vision, {what}", works, repeats=REPEATS, warm=WARM)
     num_views = same.plans[0].num_views
     flop = float(vision_flops(bench.config.vision, num_views))
-    what = f"{num_frames} frames" if num_frames else f"{size_hw[1]}x{size_hw[0]}"
     name = f"vision, {what}, {num_views} views"
     bench.race("latency", name, samples, metric="vision_ms", flop=flop)
 
@@ -126,11 +128,12 @@ def clip_pixels(bench: Bench, frames: Any) -> torch.Tensor:
 @torch.inference_mode()
 def preprocess(bench: Bench) -> None:
     """Decoded picture to pixels on the device; transformers' Pillow and fast processors."""
-    processors = {"transformers": bench.pil_processor}
+    processors: dict[str, Callable[[], Any]] = {"transformers": lambda: bench.pil_processor}
     try:
-        processors["transformers-fast"] = gpu_models.fast_processor(bench.files)
+        fast = gpu_models.fast_processor(bench.files)
+        processors["transformers-fast"] = lambda: fast
     except (ImportError, AttributeError, OSError) as error:
-        bench.failed("preprocess", "preprocess_ms", "transformers-fast", error)
+        bench.failed("preprocess", "transformers-fast", error)
     for size_hw in PICTURES_HW:
         name = f"preprocess {size_hw[1]}x{size_hw[0]}"
         bench.each(name, _race_preprocess, size_hw, processors)
@@ -146,7 +149,7 @@ def _race_preprocess(bench: Bench, size_hw: tuple[int, int], processors: dict[st
 
     def upstream(name: str, pixels: np.ndarray) -> torch.Tensor:
         options = {"device": str(bench.device)} if name == "transformers-fast" else {}
-        made = processors[name]([pixels], return_tensors="pt", **options)
+        made = processors[name]()([pixels], return_tensors="pt", **options)
         return made["pixel_values"].to(bench.device, bench.dtype)
 
     new, same = cycled(make, NEW_SIZES), make(0)
@@ -157,8 +160,8 @@ def _race_preprocess(bench: Bench, size_hw: tuple[int, int], processors: dict[st
     for name in processors:
         pictures = cycled(make, NEW_SIZES)
         works[name] = lambda name=name, pictures=pictures: upstream(name, next(pictures)[0])
-    samples = bench.timer.host(works, repeats=REPEATS, warm=WARM)
     name = f"preprocess {size_hw[1]}x{size_hw[0]}"
+    samples = bench.time_host(name, works, repeats=REPEATS, warm=WARM)
     num_bytes = 3.0 * size_hw[0] * size_hw[1] + 3.0 * same[1].num_views * _view_pixels(bench)
     bench.race("latency", name, samples, metric="preprocess_ms", num_bytes=num_bytes)
 

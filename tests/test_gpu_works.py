@@ -37,7 +37,7 @@ TINY = CheckpointSpec(
 
 
 class OnceTimer:
-    """In place of `CudaTimer`: calls each work once, and twice where it may change between."""
+    """In place of `CudaTimer`: calls each work once more, as the bench has called it before."""
 
     def device(self, works, **options):
         return self.host(works)
@@ -45,8 +45,8 @@ class OnceTimer:
     def captured(self, work):
         return work
 
-    def host(self, works, repeats=1, warm=0):
-        return device_timing.host_samples(works, 1, 1, lambda: None)
+    def host(self, works, **options):
+        return device_timing.host_samples(works, 1, 0, lambda: None)
 
 
 @pytest.fixture
@@ -271,6 +271,21 @@ def test_a_row_that_ends_is_noticed(bench):
     steps._state.slots[1] = -1
     with pytest.raises(RuntimeError, match="rows ended"):
         steps.check()
+
+
+@pytest.mark.interpreter
+def test_a_side_that_fails_leaves_a_row_and_the_others_race(bench):
+    def fail():
+        raise ValueError("no such tile")
+
+    works = {"ovfast": lambda: 1.0, "64x64": fail, "torch": fail, "eager": lambda: 2.0}
+    assert bench.time_host("a kernel", works) == {"ovfast": [1.0], "eager": [2.0]}
+    rows = read(bench.out / "rows.jsonl").rows
+    assert [(row.side, row.parameters.get("variant")) for row in rows] == [
+        ("ovfast", "64x64"),
+        ("torch", None),
+    ]
+    assert {row.error for row in rows} == {"ValueError: no such tile"}
 
 
 @pytest.mark.interpreter

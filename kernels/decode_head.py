@@ -1,10 +1,11 @@
-"""Both ends of a decode step: logits of rms_norm(residual + Σ partials), greedy choice, embedding.
+"""Both ends of a decode step: logits of rms_norm(residual + Σ partials), and the embedding.
 
 Layout: logits (16, V) float32, not rounded. Each program of the head owns BLOCK_N ids and leaves
 the largest logit that is not forbidden, block_max (16, num_blocks) float32, and its id,
 block_argmax int32, the lowest among equals; where all are forbidden -inf and the block's first id.
-A NaN is never chosen. `pick_greedy` reduces the blocks, `embed_rows` begins the next step: residual
-(16, H) float32, zero for a token of -1. Dtypes: weights float32, float16 or bfloat16.
+NaN counts as inf, so that whoever picks from the blocks finds it. `embed_rows` begins the next
+step: residual (16, H) float32, zero for a token of -1. Dtypes: weights float32, float16 or
+bfloat16.
 
 Roofline: memory, each weight of the head read once a step: 152000 × 896 in half precision are
 272 MB, 65 µs at 4.2 TB/s; 152128 × 3584 are 1.09 GB, 260 µs.
@@ -18,7 +19,6 @@ from ovfast.kernels.decode_tiles import (
     ROWS,
     Blocks,
     check_normed,
-    check_num_rows,
     check_tensor,
     check_weight,
     normed_product,
@@ -27,8 +27,6 @@ from ovfast.kernels.decode_tiles import (
 
 _EMBED_BLOCK = 1024
 _HEAD_BLOCK = 64  # ids of one program of the head
-_MAX_BLOCKS = 1 << 15
-_HIGHEST_ID = 2**31 - 1
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -69,36 +67,14 @@ def _decode_head_kernel(
     tl.store(logits_ptr + rows[None, :] * V + ids[:, None], logits, mask=mask)
 
     forbidden = tl.load(forbidden_ptr + ids, mask=ids < V, other=1)
-    allowed = (forbidden == 0)[:, None] & (logits == logits)
-    logits = tl.where(allowed, logits, float("-inf"))
+    logits = tl.where(logits == logits, logits, float("inf"))
+    logits = tl.where((forbidden == 0)[:, None], logits, float("-inf"))
     best = tl.max(logits, 0)
     # Equal to the maximum, then the lowest: -inf equals itself, so an id is always found.
     candidates = tl.where(logits == best[None, :], ids[:, None], first_id + BLOCK_N)
     blocks = rows * tl.num_programs(0) + block
     tl.store(block_max_ptr + blocks, best, mask=rows < num_rows)
     tl.store(block_argmax_ptr + blocks, tl.min(candidates, 0), mask=rows < num_rows)
-
-
-@triton.jit
-def _pick_greedy_kernel(
-    block_max_ptr,
-    block_argmax_ptr,
-    tokens_ptr,
-    NUM_BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HIGHEST_ID: tl.constexpr,
-    USE_PDL: tl.constexpr,
-):
-    row = tl.program_id(0)
-    blocks = tl.arange(0, BLOCK)
-    mask = blocks < NUM_BLOCKS
-    if USE_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    values = tl.load(block_max_ptr + row * NUM_BLOCKS + blocks, mask=mask, other=float("-inf"))
-    ids = tl.load(block_argmax_ptr + row * NUM_BLOCKS + blocks, mask=mask, other=HIGHEST_ID)
-    candidates = tl.where(values == tl.max(values, 0), ids, HIGHEST_ID)
-    tl.store(tokens_ptr + row, tl.min(candidates, 0))
 
 
 @triton.jit
@@ -212,58 +188,6 @@ def decode_head(
             USE_PDL=pdl,
             **blocks.meta(),
             **blocks.options(),
-            launch_pdl=pdl,
-            enable_fp_fusion=True,  # said aloud, since the default changes between releases
-        )
-
-
-def pick_config(num_blocks: int) -> tuple[int, int]:
-    """(BLOCK, num_warps) of pick_greedy: a row's blocks in one program; not yet measured."""
-    block = max(triton.next_power_of_2(num_blocks), 32)
-    return block, min(max(block // 256, 1), 16)
-
-
-def pick_greedy(
-    block_max: torch.Tensor,
-    block_argmax: torch.Tensor,
-    tokens_out: torch.Tensor,
-    *,
-    num_rows: int = ROWS,
-    pdl: bool = False,
-) -> None:
-    """Picks each row's best id from its blocks, the lowest among equals.
-
-    Args:
-        block_max: (16, num_blocks) float32, at most 32768 blocks.
-        block_argmax: (16, num_blocks) int32.
-        tokens_out: (16,) int32, written.
-        num_rows: rows from here on are neither read nor written.
-        pdl: programmatic dependent launch; sm_90 and later.
-
-    Raises:
-        TypeError: an argument has the wrong dtype.
-        ValueError: a wrong shape, device or stride.
-    """
-    check_num_rows(num_rows)
-    if block_max.ndim != 2 or not 1 <= block_max.shape[1] <= _MAX_BLOCKS:
-        raise ValueError(
-            f"block_max has shape {tuple(block_max.shape)}; expected ({ROWS}, 1 to {_MAX_BLOCKS})"
-        )
-    shape, device = (ROWS, block_max.shape[1]), block_max.device
-    check_tensor("block_max", block_max, shape, torch.float32, device)
-    check_tensor("block_argmax", block_argmax, shape, torch.int32, device)
-    check_tensor("tokens_out", tokens_out, (ROWS,), torch.int32, device)
-    block, num_warps = pick_config(shape[1])
-    with torch.cuda.device_of(block_max):
-        _pick_greedy_kernel[(num_rows,)](
-            block_max,
-            block_argmax,
-            tokens_out,
-            NUM_BLOCKS=shape[1],
-            BLOCK=block,
-            HIGHEST_ID=_HIGHEST_ID,
-            USE_PDL=pdl,
-            num_warps=num_warps,
             launch_pdl=pdl,
             enable_fp_fusion=True,  # said aloud, since the default changes between releases
         )

@@ -29,4 +29,4 @@ class DecodeKernels:
     decode_gate_up: Callable[..., object]
     decode_down: Callable[..., object]
     decode_head: Callable[..., object]
-    pick_greedy: Callable[..., object]
+    decode_finish: Callable[..., object]

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ovfast.decode_kernels import DecodeKernels
 from ovfast.device_sampling import ERROR_TOKEN, RowParams, SamplerKind, sample_rows
 from ovfast.sampling import SamplingParams
 
@@ -19,7 +20,7 @@ __all__ = ["FINISHED", "ROWS", "RowDecoder", "RowState", "StepOutput", "StepPlan
 
 ROWS = 16  # what one padded product holds
 NO_SLOT = -1  # of a row that holds no request
-# Codes in StepOutput.finished.
+# Codes in StepOutput.tokens.
 RUNNING, STOP, LENGTH, ERROR = range(4)
 FINISHED = {STOP: "stop", LENGTH: "length"}
 
@@ -66,7 +67,8 @@ class RowState:
         counts: (16,) int64, tokens generated.
         max_new_tokens: (16,) int64, where the row ends.
         logits: (16, vocab_size) float32, of the decoder.
-        greedy: (16,) int32, the most likely allowed ids, of a decoder that finds them itself.
+        block_max, block_argmax: (16, blocks of ids) float32 and int32: the largest logit of a block
+            that is not forbidden, and its id, of a decoder of kernels; else no blocks.
         forbidden: (vocab_size,) bool, ids never generated; forbidden_bytes: the same as int8.
         params: rules of sampling.
         output: of the last step.
@@ -75,10 +77,18 @@ class RowState:
         vocab_size: of the model.
         forbidden: (vocab_size,) bool, ids never generated.
         num_top: most alternatives that can be reported.
+        kernels: of the decoder, to choose by; None chooses by plain torch.
     """
 
-    def __init__(self, vocab_size: int, forbidden: Tensor, num_top: int = 0) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        forbidden: Tensor,
+        num_top: int = 0,
+        kernels: DecodeKernels | None = None,
+    ) -> None:
         device = forbidden.device
+        self._kernels = kernels
         self.forbidden = forbidden
         self.forbidden_bytes = forbidden.to(torch.int8)
         self.slots = torch.full((ROWS,), NO_SLOT, dtype=torch.int32, device=device)
@@ -88,7 +98,9 @@ class RowState:
         self.max_new_tokens = torch.zeros(ROWS, dtype=torch.int64, device=device)
         self.logits = torch.zeros((ROWS, vocab_size), dtype=torch.float32, device=device)
         self.params = RowParams.empty(ROWS, vocab_size, device)
-        self.greedy = torch.zeros(ROWS, dtype=torch.int32, device=device)
+        num_blocks = 0 if kernels is None else kernels.head_blocks(vocab_size)
+        self.block_max = torch.zeros((ROWS, num_blocks), dtype=torch.float32, device=device)
+        self.block_argmax = torch.zeros((ROWS, num_blocks), dtype=torch.int32, device=device)
         self.output = StepOutput(
             torch.zeros((ROWS, 2), dtype=torch.int32, device=device),
             torch.zeros((ROWS, 1 + num_top), dtype=torch.float32, device=device),
@@ -123,7 +135,7 @@ class RowState:
         """
         # Filled: assigning a number to one element would wait for the device.
         self.slots[row : row + 1].fill_(slot)
-        self.positions[row : row + 1].fill_(position)
+        self.positions[row : row + 1].fill_(position - 1)  # the first choice advances it
         self.counts[row : row + 1].fill_(0)
         self.max_new_tokens[row : row + 1].fill_(max_new_tokens)
         self.logits[row] = logits
@@ -133,7 +145,15 @@ class RowState:
         """Empties a row; steps given to the device after this call do nothing for it."""
         self.slots[row : row + 1].fill_(NO_SLOT)
 
-    def choose(self, first: int, last: int, kind: SamplerKind, num_top: int | None) -> None:
+    def choose(
+        self,
+        first: int,
+        last: int,
+        kind: SamplerKind,
+        num_top: int | None,
+        *,
+        decoded: bool = False,
+    ) -> None:
         """Samples rows first…last from their logits, reports and advances them.
 
         Args:
@@ -141,16 +161,38 @@ class RowState:
             last: one past the last row.
             kind: rules of sampling that any of the rows needs.
             num_top: alternatives to report; None for no log-probabilities.
+            decoded: whether the decoder has just left the logits of rows 0…last, and block_max.
         """
+        if decoded and self._kernels is not None and kind == SamplerKind():
+            self._finish(self._kernels, last)
+        else:
+            self._choose_plain(first, last, kind)
+        if num_top is not None:
+            self._report(slice(first, last), num_top)
+
+    def _finish(self, kernels: DecodeKernels, num_rows: int) -> None:
+        kernels.decode_finish(
+            self.block_max,
+            self.block_argmax,
+            self.params.is_stop,
+            self.max_new_tokens,
+            self.slots,
+            self.positions,
+            self.counts,
+            self.tokens,
+            self.output.tokens,
+            num_rows=num_rows,
+        )
+
+    def _choose_plain(self, first: int, last: int, kind: SamplerKind) -> None:
         rows = slice(first, last)
         logits, params = self.logits[rows], self.params.rows(first, last)
         slots, counts, tokens = self.slots[rows], self.counts[rows], self.tokens[rows]
         chosen = sample_rows(logits, params, counts, self.forbidden, kind)
         used = slots >= 0
         index = chosen.clamp(min=0)[:, None]
-        if num_top is not None:
-            self._report(rows, logits, index, num_top)
         counts += used
+        self.positions[rows] += used
         ended = torch.where(counts >= self.max_new_tokens[rows], LENGTH, RUNNING)
         ended = torch.where(params.is_stop.gather(1, index)[:, 0], STOP, ended)
         ended = torch.where(chosen == ERROR_TOKEN, ERROR, ended)
@@ -161,8 +203,9 @@ class RowState:
         tokens.copy_(index[:, 0])
         slots.masked_fill_(ended != RUNNING, NO_SLOT)
 
-    def _report(self, rows: slice, logits: Tensor, index: Tensor, num_top: int) -> None:
-        logprobs = logits.log_softmax(dim=1)
+    def _report(self, rows: slice, num_top: int) -> None:
+        """The log-probabilities of the tokens just chosen, and of the most likely ones."""
+        logprobs, index = self.logits[rows].log_softmax(dim=1), self.tokens[rows, None].long()
         self.output.logprobs[rows, 0] = logprobs.gather(1, index)[:, 0]
         if num_top:
             # A stable sort, not topk: equals stand by rising id.
@@ -177,6 +220,8 @@ class RowDecoder(Protocol):
     def decode(self, rows: RowState, num_rows: int, num_splits: int) -> None:
         """Appends each row's token to its slot and writes the row's logits.
 
+        With kernels, also the best ids of blocks.
+
         Args:
             rows: the group; rows without a slot are left alone.
             num_rows: rows to look at.
@@ -187,5 +232,4 @@ class RowDecoder(Protocol):
 def run_step(rows: RowState, decoder: RowDecoder, plan: StepPlan) -> None:
     """Decodes the last tokens of all rows and chooses the next."""
     decoder.decode(rows, plan.num_rows, plan.num_splits)
-    rows.positions += rows.slots >= 0
-    rows.choose(0, plan.num_rows, plan.kind, plan.num_top)
+    rows.choose(0, plan.num_rows, plan.kind, plan.num_top, decoded=True)

@@ -19,6 +19,7 @@ from ovfast.kernels import (
     attention,
     causal_attention,
     decode_attention,
+    decode_finish,
     decode_head,
     decode_mlp,
     decode_out,
@@ -294,5 +295,5 @@ def _decode_kernels(*, pdl: bool) -> DecodeKernels:
         decode_gate_up=partial(decode_mlp.decode_gate_up, pdl=pdl),
         decode_down=partial(decode_mlp.decode_down, pdl=pdl),
         decode_head=partial(decode_head.decode_head, pdl=pdl),
-        pick_greedy=partial(decode_head.pick_greedy, pdl=pdl),
+        decode_finish=partial(decode_finish.decode_finish, pdl=pdl),
     )

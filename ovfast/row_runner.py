@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ovfast.cuda_graphs import GraphCache
+from ovfast.decode_kernels import DecodeKernels
 from ovfast.decode_rows import (
     ERROR,
     FINISHED,
@@ -93,6 +94,7 @@ class RowRunner:
         forbidden: (vocab_size,) bool, ids never generated.
         decoder: computes the logits of rows.
         graphs: replays steps; None launches them one by one.
+        kernels: of the decoder, to choose tokens by; None chooses by plain torch.
     """
 
     def __init__(
@@ -101,9 +103,10 @@ class RowRunner:
         forbidden: Tensor,
         decoder: RowDecoder,
         graphs: GraphCache | None = None,
+        kernels: DecodeKernels | None = None,
     ) -> None:
         self._cache, self._forbidden, self._decoder = cache, forbidden, decoder
-        self._graphs = graphs
+        self._graphs, self._kernels = graphs, kernels
         self._device = forbidden.device
         self._groups: list[_Group] = []
         self._owed = 0
@@ -180,7 +183,7 @@ class RowRunner:
                 return group, group.rows.index(None)
         vocab_size = len(self._forbidden)
         wide = 0 if num_top == 0 else min(vocab_size, 1 << max(3, (num_top - 1).bit_length()))
-        group = _Group(RowState(vocab_size, self._forbidden, wide))
+        group = _Group(RowState(vocab_size, self._forbidden, wide, self._kernels))
         self._groups.append(group)
         return group, 0
 
@@ -289,7 +292,7 @@ def make_runner(
     if ops.decode is None or not ops.decode.supports(model.config.text.head_dim):
         return EagerRunner(model, cache, forbidden)
     decoder = Qwen2Rows(model.language_model, cache, ops.decode)
-    return RowRunner(cache, forbidden, decoder, graphs)
+    return RowRunner(cache, forbidden, decoder, graphs, ops.decode)
 
 
 def _plan(rows: list[_Row]) -> StepPlan:

@@ -52,9 +52,6 @@ class Qwen2Rows:
         down_splits = kernels.down_splits(hidden, config.intermediate_size)
         self._out_partials = wide(out_splits, ROWS, hidden)
         self._down_partials = wide(down_splits, ROWS, hidden)
-        blocks = kernels.head_blocks(model.vocab_size)
-        self._block_max = wide(ROWS, blocks)
-        self._block_argmax = torch.zeros((ROWS, blocks), dtype=torch.int32, device=device)
 
     def decode(self, rows: RowState, num_rows: int, num_splits: int) -> None:
         model, kernels, config = self._model, self._kernels, self._model.config
@@ -138,9 +135,8 @@ class Qwen2Rows:
             model.lm_head.weight,
             rows.logits,
             rows.forbidden_bytes,
-            self._block_max,
-            self._block_argmax,
+            rows.block_max,
+            rows.block_argmax,
             scales=model.lm_head.scales,
             num_rows=num_rows,
         )
-        kernels.pick_greedy(self._block_max, self._block_argmax, rows.greedy)

@@ -1,4 +1,4 @@
-"""The specialisations of decode_head, pick_greedy and embed_rows compiled ahead of time."""
+"""The specialisations of decode_head and embed_rows compiled ahead of time."""
 
 import torch
 
@@ -47,23 +47,6 @@ def _head_variant(dtype: str, size: str, min_wide_loads: int, *, pdl: bool = Fal
     )
 
 
-def _pick_variant(size: str, *, pdl: bool = False) -> Variant:
-    num_blocks = decode_head.head_blocks(SIZES[size][2])
-    block, num_warps = decode_head.pick_config(num_blocks)
-    return Variant(
-        kernel=decode_head._pick_greedy_kernel,
-        name=size + ("-pdl" if pdl else ""),
-        arguments={"block_max_ptr": "*fp32", "block_argmax_ptr": "*i32", "tokens_ptr": "*i32"},
-        constexprs={
-            "NUM_BLOCKS": num_blocks,
-            "BLOCK": block,
-            "HIGHEST_ID": decode_head._HIGHEST_ID,
-            "USE_PDL": pdl,
-        },
-        options={"num_warps": num_warps, "launch_pdl": pdl, "enable_fp_fusion": True},
-    )
-
-
 def _embed_variant(dtype: str, size: str, *, pdl: bool = False) -> Variant:
     hidden_size = SIZES[size][0]
     return Variant(
@@ -90,8 +73,6 @@ VARIANTS = (
     _head_variant("bf16", "7b", 8, pdl=True),
     _head_variant("fp8", "0.5b", 4, pdl=True),
     _head_variant("fp8", "7b", 4, pdl=True),
-    _pick_variant("0.5b"),
-    _pick_variant("0.5b", pdl=True),
     _embed_variant("bf16", "0.5b"),
     _embed_variant("bf16", "0.5b", pdl=True),
 )

@@ -1,13 +1,13 @@
 """The end of a decode step: each row's token from the best ids of blocks, and the row advanced.
 
-token = the lowest id of the largest block_max; ERROR where that maximum is ±inf: decode_head leaves
-inf for a logit of NaN, and -inf where every id is forbidden. Then, for a row in use, counts and
-positions go up by one, the output says the token and how the row ended, and a row that is over
-gives up its slot.
+token = the lowest id of the largest block_max, or what sample_draw has drawn where the temperature
+is above 0; ERROR where that maximum is ±inf: decode_head and sample_best leave inf for NaN, and
+-inf where every id is forbidden. Then, for a row in use, counts and positions go up by one, the
+output says the token and how the row ended, and a row that is over gives up its slot.
 
-Layout: block_max (16, num_blocks) float32 and block_argmax int32, as decode_head writes them;
-is_stop (16, V) bool; slots, positions and tokens (16,) int32; counts and max_new_tokens (16,)
-int64; output (16, 2) int32. One program a row.
+Layout: block_max (16, num_blocks) float32 and block_argmax int32, as decode_head and sample_best
+write them; is_stop and seen (16, V) bool; temperature (16,) float32; drawn, slots, positions and
+tokens (16,) int32; counts and max_new_tokens (16,) int64; output (16, 2) int32. One program a row.
 
 Roofline: latency. A row reads 2375 blocks of 0.5B, 19 KB from L2.
 """
@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ovfast.kernels.decode_tiles import ROWS, check_num_rows, check_tensor
+from ovfast.kernels.decode_tiles import ROWS, check_tensor
+from ovfast.kernels.sample_best import check_rows
 
 # How a row ended, and what stands for a token of a row in error or without a request.
 RUNNING, STOP, LENGTH, ERROR = (tl.constexpr(code) for code in range(4))
@@ -25,10 +26,13 @@ _MAX_BLOCKS = 1 << 15
 _HIGHEST_ID = tl.constexpr(2**31 - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def _decode_finish_kernel(
     block_max_ptr,
     block_argmax_ptr,
+    drawn_ptr,
+    temperature_ptr,
+    seen_ptr,
     is_stop_ptr,
     max_new_tokens_ptr,
     slots_ptr,
@@ -36,12 +40,15 @@ def _decode_finish_kernel(
     counts_ptr,
     tokens_ptr,
     output_ptr,
+    first_row,
     V: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
+    RANDOM: tl.constexpr,
+    MARKS_SEEN: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    row = tl.program_id(0)
+    row = first_row + tl.program_id(0)
     blocks = tl.arange(0, BLOCK)
     mask = blocks < NUM_BLOCKS
     if USE_PDL:
@@ -51,6 +58,9 @@ def _decode_finish_kernel(
     ids = tl.load(block_argmax_ptr + row * NUM_BLOCKS + blocks, mask=mask, other=_HIGHEST_ID)
     top = tl.max(values, 0)
     token = tl.min(tl.where(values == top, ids, _HIGHEST_ID), 0)
+    if RANDOM:
+        is_drawn = tl.load(temperature_ptr + row) > 0.0
+        token = tl.where(is_drawn, tl.load(drawn_ptr + row), token)
     is_error = tl.abs(top) == float("inf")
     token = tl.where(is_error, 0, token)
 
@@ -67,6 +77,8 @@ def _decode_finish_kernel(
     tl.store(counts_ptr + row, count)
     tl.store(positions_ptr + row, tl.load(positions_ptr + row) + used)
     tl.store(slots_ptr + row, tl.where(ended == RUNNING, slot, NO_SLOT))
+    if MARKS_SEEN:
+        tl.store(seen_ptr + row * V + token, 1)
 
 
 def finish_config(num_blocks: int) -> tuple[int, int]:
@@ -86,10 +98,14 @@ def decode_finish(
     tokens: torch.Tensor,
     output: torch.Tensor,
     *,
+    drawn: torch.Tensor | None = None,
+    temperature: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
+    first_row: int = 0,
     num_rows: int = ROWS,
     pdl: bool = False,
 ) -> None:
-    """Picks each row's most likely allowed id, says how the row ended, and advances it.
+    """Takes each row's most likely allowed id or the drawn one, tells how it ended, advances it.
 
     Args:
         block_max: (16, num_blocks) float32, at most 32768 blocks.
@@ -101,14 +117,18 @@ def decode_finish(
         counts: (16,) int64, tokens generated; written.
         tokens: (16,) int32, written: the token, 0 in error.
         output: (16, 2) int32, written: the token, -1 without a request, -2 in error; how it ended.
-        num_rows: rows from here on are neither read nor written.
+        drawn: (16,) int32, below V, tokens of the rows of which temperature is above 0; or None.
+        temperature: (16,) float32, given with drawn.
+        seen: (16, V) bool, where tokens are marked as seen; or None.
+        first_row: rows before it are neither read nor written.
+        num_rows: rows from it on.
         pdl: programmatic dependent launch; sm_90 and later.
 
     Raises:
         TypeError: an argument has the wrong dtype.
         ValueError: a wrong shape, device or stride.
     """
-    check_num_rows(num_rows)
+    check_rows(first_row, num_rows)
     device = block_max.device
     num_blocks, vocab_size = _check_blocks(block_max, block_argmax, is_stop)
     for name, tensor in (("slots", slots), ("positions", positions), ("tokens", tokens)):
@@ -116,12 +136,22 @@ def decode_finish(
     for name, tensor in (("counts", counts), ("max_new_tokens", max_new_tokens)):
         check_tensor(name, tensor, (ROWS,), torch.int64, device)
     check_tensor("output", output, (ROWS, 2), torch.int32, device)
+    if drawn is not None:
+        check_tensor("drawn", drawn, (ROWS,), torch.int32, device)
+        if temperature is None:
+            raise ValueError("temperature is None; expected a tensor, as drawn is given")
+        check_tensor("temperature", temperature, (ROWS,), torch.float32, device)
+    if seen is not None:
+        check_tensor("seen", seen, (ROWS, vocab_size), torch.bool, device)
     block, num_warps = finish_config(num_blocks)
     # Without the guard Triton launches on device 0; on CPU tensors it does nothing.
     with torch.cuda.device_of(block_max):
         _decode_finish_kernel[(num_rows,)](
             block_max,
             block_argmax,
+            tokens if drawn is None else drawn,
+            block_max if temperature is None else temperature,
+            (is_stop if seen is None else seen).view(torch.int8),
             is_stop.view(torch.int8),
             max_new_tokens,
             slots,
@@ -129,9 +159,12 @@ def decode_finish(
             counts,
             tokens,
             output,
+            first_row,
             V=vocab_size,
             NUM_BLOCKS=num_blocks,
             BLOCK=block,
+            RANDOM=drawn is not None,
+            MARKS_SEEN=seen is not None,
             USE_PDL=pdl,
             num_warps=num_warps,
             launch_pdl=pdl,

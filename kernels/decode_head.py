@@ -26,7 +26,7 @@ from ovfast.kernels.decode_tiles import (
 )
 
 _EMBED_BLOCK = 1024
-_HEAD_BLOCK = 64  # ids of one program of the head
+HEAD_BLOCK = 64  # ids of one program of the head
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -114,13 +114,13 @@ def head_config(hidden_size: int, dtype: torch.dtype) -> Blocks:
     """
     block_k = min(max(triton.next_power_of_2(hidden_size), 64), 128)
     if dtype == torch.float32:
-        return Blocks(_HEAD_BLOCK, block_k, 4, 8)
-    return Blocks(_HEAD_BLOCK, block_k, 4, 4)
+        return Blocks(HEAD_BLOCK, block_k, 4, 8)
+    return Blocks(HEAD_BLOCK, block_k, 4, 4)
 
 
 def head_blocks(vocab_size: int) -> int:
     """The number of blocks of ids for which decode_head leaves a maximum."""
-    return -(-vocab_size // _HEAD_BLOCK)
+    return -(-vocab_size // HEAD_BLOCK)
 
 
 def decode_head(

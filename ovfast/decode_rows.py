@@ -7,13 +7,13 @@ way when the host learns of it do nothing.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ovfast.decode_kernels import DecodeKernels
-from ovfast.device_sampling import ERROR_TOKEN, RowParams, SamplerKind, sample_rows
+from ovfast.device_sampling import ERROR_TOKEN, RowParams, SamplerKind, kept_rows, sample_rows
 from ovfast.sampling import SamplingParams
 
 __all__ = ["FINISHED", "ROWS", "RowDecoder", "RowState", "StepOutput", "StepPlan"]
@@ -101,6 +101,9 @@ class RowState:
         num_blocks = 0 if kernels is None else kernels.head_blocks(vocab_size)
         self.block_max = torch.zeros((ROWS, num_blocks), dtype=torch.float32, device=device)
         self.block_argmax = torch.zeros((ROWS, num_blocks), dtype=torch.int32, device=device)
+        num_sums = 0 if kernels is None else kernels.sample_blocks(vocab_size)
+        self._weight_sums = torch.zeros((ROWS, num_sums), dtype=torch.float64, device=device)
+        self._drawn = torch.zeros(ROWS, dtype=torch.int32, device=device)
         self.output = StepOutput(
             torch.zeros((ROWS, 2), dtype=torch.int32, device=device),
             torch.zeros((ROWS, 1 + num_top), dtype=torch.float32, device=device),
@@ -163,26 +166,55 @@ class RowState:
             num_top: alternatives to report; None for no log-probabilities.
             decoded: whether the decoder has just left the logits of rows 0…last, and block_max.
         """
-        if decoded and self._kernels is not None and kind == SamplerKind():
-            self._finish(self._kernels, last)
-        else:
+        if self._kernels is None:
             self._choose_plain(first, last, kind)
+        else:
+            self._choose(self._kernels, first, last, kind, decoded=decoded)
         if num_top is not None:
             self._report(slice(first, last), num_top)
 
-    def _finish(self, kernels: DecodeKernels, num_rows: int) -> None:
+    def _choose(
+        self, kernels: DecodeKernels, first: int, last: int, kind: SamplerKind, *, decoded: bool
+    ) -> None:
+        """By kernels: one, one more for masks or what no decoder left, two more to draw.
+
+        The sorts of top_k and top_p are torch's.
+        """
+        params, scores = self.params, (self.logits, self.forbidden_bytes, self.block_max)
+        masks = (params.penalty, params.seen, params.is_stop, self.counts, params.min_new_tokens)
+        options: dict[str, Any] = {
+            "masks": masks if kind.masks else None,
+            "first_row": first,
+            "num_rows": last - first,
+        }
+        if kind.masks or not decoded:
+            kernels.sample_best(*scores, self.block_argmax, **options)
+        if kind.random:
+            options["kept"] = self._kept(first, last, kind) if kind.sorts else None
+            weights = (*scores, params.temperature, params.min_p, self._weight_sums)
+            kernels.sample_weights(*weights, **options)
+            kernels.sample_draw(*weights, params.seed, self.counts, self._drawn, **options)
         kernels.decode_finish(
             self.block_max,
             self.block_argmax,
-            self.params.is_stop,
+            params.is_stop,
             self.max_new_tokens,
             self.slots,
             self.positions,
             self.counts,
             self.tokens,
             self.output.tokens,
-            num_rows=num_rows,
+            drawn=self._drawn if kind.random else None,
+            temperature=params.temperature if kind.random else None,
+            seen=params.seen if kind.masks else None,
+            first_row=first,
+            num_rows=last - first,
         )
+
+    def _kept(self, first: int, last: int, kind: SamplerKind) -> Tensor:
+        logits, counts = self.logits[first:last], self.counts[first:last]
+        params = self.params.rows(first, last)
+        return kept_rows(logits, params, counts, self.forbidden, masks=kind.masks)
 
     def _choose_plain(self, first: int, last: int, kind: SamplerKind) -> None:
         rows = slice(first, last)

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from ovfast.sampling import SamplingParams
 
-__all__ = ["ERROR_TOKEN", "RowParams", "SamplerKind", "philox_uniform_rows", "sample_rows"]
+__all__ = [
+    "ERROR_TOKEN",
+    "RowParams",
+    "SamplerKind",
+    "kept_rows",
+    "philox_uniform_rows",
+    "sample_rows",
+]
 
 ERROR_TOKEN = -2  # in place of a token: logits that are not finite, or nothing left to choose from
 _MIN_TEMPERATURE = 1e-30
@@ -155,23 +162,55 @@ def sample_rows(
     Returns:
         (num_rows,) int64 ids, ERROR_TOKEN where no token can be chosen.
     """
+    scores = _allowed_scores(logits, params, index, forbidden, masks=kind.masks)
+    top, tokens = scores.max(dim=1)
+    if kind.random:
+        weights, kept = _weights(_scaled(scores, top, params), params, sorts=kind.sorts)
+        kept &= weights >= params.min_p[:, None]
+        drawn = _draw(weights.masked_fill(~kept, 0.0), params, index)
+        tokens = torch.where(params.temperature > 0, drawn, tokens)
+    return torch.where(top.isfinite(), tokens, ERROR_TOKEN)
+
+
+def kept_rows(
+    logits: Tensor, params: RowParams, index: Tensor, forbidden: Tensor, *, masks: bool
+) -> Tensor:
+    """Ids that top_k and top_p leave to draw from.
+
+    Args:
+        logits: (num_rows, vocab_size) float32; not changed.
+        params: of the rows.
+        index: (num_rows,) int64, number of the token in each output, from 0.
+        forbidden: (vocab_size,) bool, ids never generated.
+        masks: whether any of the rows needs a repetition penalty or min_new_tokens.
+
+    Returns:
+        (num_rows, vocab_size) bool.
+    """
+    scores = _allowed_scores(logits, params, index, forbidden, masks=masks)
+    return _weights(_scaled(scores, scores.amax(dim=1), params), params, sorts=True)[1]
+
+
+def _allowed_scores(
+    logits: Tensor, params: RowParams, index: Tensor, forbidden: Tensor, *, masks: bool
+) -> Tensor:
     scores = logits.float().masked_fill(forbidden, -math.inf)
-    if kind.masks:
+    if masks:
         penalty = params.penalty[:, None]
         penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
         scores = torch.where(params.seen & (penalty != 1.0), penalised, scores)
         early = (index < params.min_new_tokens)[:, None]
         scores = scores.masked_fill(params.is_stop & early, -math.inf)
-    top, tokens = scores.max(dim=1)
-    if kind.random:
-        scaled = (scores - top[:, None]) / params.temperature.clamp(min=_MIN_TEMPERATURE)[:, None]
-        drawn = _draw(scaled, params, index, sorts=kind.sorts)
-        tokens = torch.where(params.temperature > 0, drawn, tokens)
-    return torch.where(top.isfinite(), tokens, ERROR_TOKEN)
+    return scores
 
 
-def _draw(scores: Tensor, params: RowParams, index: Tensor, *, sorts: bool) -> Tensor:
-    """Tokens by inverting the distribution in the order of ids; scores have the maximum 0."""
+def _scaled(scores: Tensor, top: Tensor, params: RowParams) -> Tensor:
+    """By the temperature; the maximum, top, is 0."""
+    return (scores - top[:, None]) / params.temperature.clamp(min=_MIN_TEMPERATURE)[:, None]
+
+
+def _weights(scores: Tensor, params: RowParams, *, sorts: bool) -> tuple[Tensor, Tensor]:
+    """Weights of scores with the maximum 0, and which of them top_k and top_p keep."""
     kept = scores >= torch.finfo(scores.dtype).min
     if sorts:
         falling = scores.sort(dim=1, descending=True).values
@@ -179,12 +218,16 @@ def _draw(scores: Tensor, params: RowParams, index: Tensor, *, sorts: bool) -> T
     weights = scores.exp().masked_fill(~kept, 0.0)
     if sorts:
         kept &= _nucleus(weights, params.top_p)
-    kept &= weights >= params.min_p[:, None]
-    cumulative = weights.masked_fill(~kept, 0.0).double().cumsum(dim=1)
+    return weights, kept
+
+
+def _draw(weights: Tensor, params: RowParams, index: Tensor) -> Tensor:
+    """Tokens by inverting the distribution in the order of ids."""
+    cumulative = weights.double().cumsum(dim=1)
     uniform = philox_uniform_rows(params.seed, index)
     target = cumulative[:, -1:] * uniform[:, None]
     drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return drawn.clamp(max=scores.shape[1] - 1)
+    return drawn.clamp(max=weights.shape[1] - 1)
 
 
 def _nucleus(weights: Tensor, top_p: Tensor) -> Tensor:

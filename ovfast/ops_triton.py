@@ -32,6 +32,8 @@ from ovfast.kernels import (
     quantize_rows,
     resize,
     rms_norm,
+    sample_best,
+    sample_draw,
     scaled_linear,
     silu_mul,
 )
@@ -288,6 +290,7 @@ def _decode_kernels(*, pdl: bool) -> DecodeKernels:
         out_splits=decode_out.out_splits,
         down_splits=decode_mlp.down_splits,
         head_blocks=decode_head.head_blocks,
+        sample_blocks=sample_best.sample_blocks,
         embed_rows=partial(decode_head.embed_rows, pdl=pdl),
         decode_qkv=partial(decode_qkv.decode_qkv, pdl=pdl),
         decode_attention=partial(decode_attention.decode_attention, pdl=pdl),
@@ -295,5 +298,8 @@ def _decode_kernels(*, pdl: bool) -> DecodeKernels:
         decode_gate_up=partial(decode_mlp.decode_gate_up, pdl=pdl),
         decode_down=partial(decode_mlp.decode_down, pdl=pdl),
         decode_head=partial(decode_head.decode_head, pdl=pdl),
+        sample_best=partial(sample_best.sample_best, pdl=pdl),
+        sample_weights=partial(sample_draw.sample_weights, pdl=pdl),
+        sample_draw=partial(sample_draw.sample_draw, pdl=pdl),
         decode_finish=partial(decode_finish.decode_finish, pdl=pdl),
     )

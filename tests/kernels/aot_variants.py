@@ -20,6 +20,8 @@ from tests.kernels import (
     aot_quantize_rows,
     aot_resize,
     aot_rms_norm,
+    aot_sample_best,
+    aot_sample_draw,
     aot_scaled_linear,
     aot_silu_mul,
 )
@@ -43,6 +45,8 @@ MODULES = (
     aot_quantize_rows,
     aot_resize,
     aot_rms_norm,
+    aot_sample_best,
+    aot_sample_draw,
     aot_scaled_linear,
     aot_silu_mul,
 )

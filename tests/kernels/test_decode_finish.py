@@ -10,23 +10,14 @@ from ovfast import decode_rows
 from ovfast.decode_rows import ROWS, RowState
 from ovfast.device_sampling import ERROR_TOKEN, SamplerKind
 from tests.support.devices import requires_cuda
-from tests.support.row_states import DEVICES, assert_same_rows, copy_rows, make_rows
+from tests.support.row_states import DEVICES, assert_same_rows, best_of_blocks, copy_rows, make_rows
 
 decode_finish = pytest.importorskip("ovfast.kernels.decode_finish", reason="needs triton")
 
-SENTINEL = 7
-
 
 def leave_blocks(rows: RowState) -> tuple[torch.Tensor, torch.Tensor]:
-    """What decode_head leaves; of a row's ids the lowest of equals, NaN told as inf."""
-    logits = torch.where(rows.logits.isnan(), math.inf, rows.logits)
-    logits = logits.masked_fill(rows.forbidden, -math.inf).cpu()
-    values, ids = [], []
-    for block, part in enumerate(logits.split(64, 1)):
-        values.append(part.max(1).values)
-        ids.append(64 * block + (part == values[-1][:, None]).int().argmax(1))
-    device = rows.logits.device
-    return torch.stack(values, 1).to(device), torch.stack(ids, 1).int().to(device)
+    """What decode_head leaves."""
+    return best_of_blocks(rows.logits.masked_fill(rows.forbidden, -math.inf))
 
 
 def finish(rows: RowState, num_rows: int, **options: Any) -> None:
@@ -118,6 +109,27 @@ def test_blocks(device: str, num_blocks: int) -> None:
     assert rows.tokens.tolist() == [64 * block + 5 for block in first]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_drawn_tokens_of_some_rows(device: str) -> None:
+    """Rows of temperature 0 keep the most likely id; what is not looked at is not written."""
+    rows = make_rows(device, 150, 8)
+    rows.forbidden.fill_(False)
+    rows.params.temperature[3:9] = 0.5
+    drawn = torch.arange(40, 40 + ROWS, dtype=torch.int32, device=device)
+    seen = rows.params.seen.clone()
+    greedy, before = copy_rows(rows), copy_rows(rows)
+    finish(greedy, 16)
+    options = {"drawn": drawn, "temperature": rows.params.temperature, "seen": rows.params.seen}
+    finish(rows, 6, first_row=2, **options)
+    expected = [*before.tokens[:2], greedy.tokens[2], *drawn[3:8], *before.tokens[8:]]
+    assert rows.tokens.tolist() == [int(token) for token in expected]
+    seen[range(2, 8), rows.tokens[2:8].long()] = True
+    assert torch.equal(rows.params.seen, seen)
+    for name in ("slots", "positions", "counts"):
+        for part in (slice(0, 2), slice(8, 16)):
+            assert torch.equal(getattr(rows, name)[part], getattr(before, name)[part])
+
+
 def test_the_codes_are_those_of_the_rows() -> None:
     for name in ("RUNNING", "STOP", "LENGTH", "ERROR", "NO_SLOT"):
         assert getattr(decode_finish, name).value == getattr(decode_rows, name)
@@ -162,6 +174,10 @@ BAD = {
     "counts-i32": ("counts", torch.zeros(16).int(), TypeError, "counts is"),
     "output-narrow": ("output", torch.zeros(16, 1).int(), ValueError, "output has shape"),
     "rows": ("num_rows", 17, ValueError, "num_rows is 17"),
+    "first-row": ("first_row", 1, ValueError, "first_row is 1"),
+    "drawn-i64": ("drawn", torch.zeros(16).long(), TypeError, "drawn is"),
+    "drawn-alone": ("drawn", torch.zeros(16).int(), ValueError, "temperature is None"),
+    "seen-i8": ("seen", torch.zeros(16, 150).char(), TypeError, "seen is"),
 }
 
 

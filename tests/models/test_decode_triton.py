@@ -27,6 +27,7 @@ from tests.support.devices import quick_first, quick_kernel_params, requires_cud
 from tests.support.engines import REQUESTS, open_engine
 from tests.support.interpreter import INTERPRETING
 from tests.support.requests import Image, Text, make_request
+from tests.support.runners import OPTIONS
 
 pytest.importorskip("triton", reason="needs triton")
 
@@ -224,6 +225,8 @@ def test_an_engine_in_the_interpreter(random_checkpoint):
             {"prompt": "How many?", "max_new_tokens": 5},
             {**REQUESTS["image"], "max_new_tokens": 4, "logprobs": 2},
             {"prompt": "Go on.", "max_new_tokens": 5, "temperature": 1.0, "top_p": 0.9, "seed": 4},
+            {"prompt": "Go on.", "max_new_tokens": 4, "temperature": 1.3, "min_p": 0.01, "seed": 2},
+            {"prompt": "Go on.", "max_new_tokens": 4, "repetition_penalty": 1.5, "logprobs": 0},
         ]
         for ask in asks:
             got, expected = ours.generate(**ask), plain.generate(**ask)
@@ -262,6 +265,23 @@ def test_rows_on_a_device(random_checkpoint, graphs):
         sampled = {**ask, "temperature": 1.0, "top_p": 0.9, "seed": 7, "logprobs": 2}
         first = engine.generate(prompts[3], **sampled)
         assert engine.generate(prompts, **sampled)[3].token_ids == first.token_ids
+
+
+@requires_cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_graphs_change_no_token_of_any_kind(random_checkpoint, options):
+    """Nor do graphs that the second request replays."""
+    path, tokens = random_checkpoint(REAL), []
+    for graphs in (True, False):
+        with open_engine(
+            path, cuda_graphs=graphs, device="cuda", max_seq_len=1024, max_batch_size=4
+        ) as engine:
+            for prompts in (["One"] * 3, ["One", "Another", "Number three"]) * 2:
+                answers = engine.generate(prompts, **options)
+                tokens.append([answer.token_ids for answer in answers])
+    assert tokens[:4] == tokens[4:]
+    assert tokens[:2] == tokens[2:4]
 
 
 @requires_cuda

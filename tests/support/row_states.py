@@ -1,9 +1,11 @@
 """Rows of random requests, for tests of what chooses their tokens."""
 
 import copy
+import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from ovfast.decode_kernels import DecodeKernels
 from ovfast.decode_rows import ROWS, RowState
@@ -14,6 +16,25 @@ from tests.support.interpreter import INTERPRETING
 _CPU = pytest.param("cpu", marks=pytest.mark.interpreter)
 _CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, requires_cuda])
 DEVICES = [_CPU] if INTERPRETING else [_CPU, _CUDA]
+
+# Every rule of sampling, alone and together.
+OPTIONS = (
+    SamplingParams(),
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.3),
+    SamplingParams(temperature=1e-40),
+    SamplingParams(temperature=1e39),
+    SamplingParams(temperature=1.5, min_p=0.2),
+    SamplingParams(temperature=1.0, min_p=1.0),
+    SamplingParams(temperature=2.0, top_k=7),
+    SamplingParams(temperature=1.0, top_p=0.5),
+    SamplingParams(temperature=1.0, top_k=30, top_p=0.8, min_p=0.01),
+    SamplingParams(repetition_penalty=1.4),
+    SamplingParams(repetition_penalty=0.7, temperature=0.9),
+    SamplingParams(min_new_tokens=5),
+    SamplingParams(min_new_tokens=2, temperature=1.2, min_p=0.05),
+    SamplingParams(repetition_penalty=1.7, temperature=0.8, top_k=20),
+)
 
 STATE = ("slots", "positions", "tokens", "counts", "max_new_tokens", "logits")
 
@@ -84,3 +105,13 @@ def assert_same_rows(ours: RowState, expected: RowState) -> None:
         assert torch.equal(got.nan_to_num(), wanted.nan_to_num()), name
     assert torch.equal(ours.output.tokens, expected.output.tokens)
     assert torch.equal(ours.params.seen, expected.params.seen)
+
+
+def best_of_blocks(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(values, ids) of each 64 ids: the lowest of equals, NaN told as inf."""
+    values, ids = [], []
+    scores = torch.where(scores.isnan(), math.inf, scores)
+    for block, part in enumerate(scores.split(64, 1)):
+        values.append(part.max(1).values)
+        ids.append(64 * block + (part == values[-1][:, None]).int().argmax(1))
+    return torch.stack(values, 1), torch.stack(ids, 1).int()

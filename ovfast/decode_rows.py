@@ -31,7 +31,7 @@ class StepPlan:
 
     Attributes:
         num_rows: rows looked at, from the first.
-        num_splits: parts of the context, each 256 positions, that attention looks at.
+        num_splits: parts of the context that attention looks at.
         kind: rules of sampling.
         num_top: likely alternatives reported; None for no log-probabilities.
     """

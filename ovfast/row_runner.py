@@ -41,7 +41,6 @@ from ovfast.staging import to_device
 __all__ = ["RowRunner", "make_runner"]
 
 AHEAD = 1  # steps given to the device beyond the one the host waits for
-SPLIT = 256  # positions of a part of the context, as the attention kernels cut it
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +94,7 @@ class RowRunner:
         decoder: computes the logits of rows.
         graphs: replays steps; None launches them one by one.
         kernels: of the decoder, to choose tokens by; None chooses by plain torch.
+        split: positions of a part of the context, as the decoder cuts it.
     """
 
     def __init__(
@@ -104,9 +104,11 @@ class RowRunner:
         decoder: RowDecoder,
         graphs: GraphCache | None = None,
         kernels: DecodeKernels | None = None,
+        *,
+        split: int,
     ) -> None:
         self._cache, self._forbidden, self._decoder = cache, forbidden, decoder
-        self._graphs, self._kernels = graphs, kernels
+        self._graphs, self._kernels, self._split = graphs, kernels, split
         self._device = forbidden.device
         self._groups: list[_Group] = []
         self._owed = 0
@@ -192,7 +194,7 @@ class RowRunner:
         rows = [row for row in group.active() if row.num_enqueued < row.state.max_new_tokens]
         if not rows:
             return False
-        plan = _plan(group.active())
+        plan = _plan(group.active(), self._split)
         step = _Step(rows, plan.num_top)
         group.steps.append(step)
         state, decoder = group.state, self._decoder
@@ -292,10 +294,10 @@ def make_runner(
     if ops.decode is None or not ops.decode.supports(model.config.text.head_dim):
         return EagerRunner(model, cache, forbidden)
     decoder = Qwen2Rows(model.language_model, cache, ops.decode)
-    return RowRunner(cache, forbidden, decoder, graphs, ops.decode)
+    return RowRunner(cache, forbidden, decoder, graphs, ops.decode, split=ops.decode.split)
 
 
-def _plan(rows: list[_Row]) -> StepPlan:
+def _plan(rows: list[_Row], split: int) -> StepPlan:
     """The smallest of a few shapes that holds the rows: each shape is a graph."""
     kind = SamplerKind()
     for row in rows:
@@ -305,7 +307,7 @@ def _plan(rows: list[_Row]) -> StepPlan:
     wanted = [row.state.params.logprobs for row in rows if row.state.params.logprobs is not None]
     return StepPlan(
         num_rows=1 << last.bit_length(),
-        num_splits=1 << (-(-length // SPLIT) - 1).bit_length(),
+        num_splits=1 << (-(-length // split) - 1).bit_length(),
         kind=kind,
         num_top=max(wanted) if wanted else None,
     )

@@ -8,8 +8,10 @@ from ovfast.cuda_graphs import GraphCache
 from ovfast.decode_rows import RowState
 from ovfast.kv_cache import KVCache
 from ovfast.models.llava_onevision import LlavaOnevision
-from ovfast.row_runner import SPLIT, RowRunner
+from ovfast.row_runner import RowRunner
 from ovfast.scheduler import Loaded
+
+SPLIT = 200  # not that of the kernels: the runner takes the decoder's
 
 
 class PlainDecoder:
@@ -54,7 +56,7 @@ def use_rows(engine: Engine) -> RowRunner:
     loaded = engine._scheduler.loaded()
     graphs = GraphCache(lambda body, tensor: ReplayedGraph(body), 1 << 20)
     decoder = PlainDecoder(loaded.model, loaded.cache)
-    runner = RowRunner(loaded.cache, engine._forbidden, decoder, graphs)
+    runner = RowRunner(loaded.cache, engine._forbidden, decoder, graphs, split=SPLIT)
     engine._scheduler._loaded = Loaded(loaded.model, loaded.cache, runner)
     return runner
 

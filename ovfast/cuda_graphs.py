@@ -90,6 +90,15 @@ class GraphCache:
         self._graphs.move_to_end(key)
         graph.replay(tensor)
 
+    def has_room(self) -> bool:
+        """Whether one more, as large as the largest so far, would leave all in place."""
+        largest = max((g.nbytes + g.pool_bytes for g in self._graphs.values()), default=0)
+        return self.nbytes + max(largest, 1) <= self._max_bytes
+
+    def is_refused(self, key: Hashable) -> bool:
+        """Whether a recording failed or never fits: the key runs without."""
+        return key in self._refused
+
     def clear(self) -> None:
         """Frees all recordings."""
         while self._graphs:

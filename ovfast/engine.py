@@ -337,7 +337,9 @@ class Engine(EngineBase):
     def warmup(self) -> None:
         """Runs one small request twice, so that the first real one pays for no set-up.
 
-        The second time captures the graphs of its shape.
+        The second time captures the graphs of its shape. Then greedy steps are captured for any
+        length up to `max_seq_len` and any number of requests side by side, at most 16 of them, as
+        far as `graph_memory_bytes` reaches.
         """
         side = self.config.vision.image_size
         picture = np.zeros((side, side, 3), np.uint8)
@@ -346,3 +348,4 @@ class Engine(EngineBase):
             inputs = self.prepare("Hello", raw=True)
         for _ in range(2):
             self.generate(inputs, max_new_tokens=1 + (inputs.num_tokens + 2 <= self.max_seq_len))
+        self._scheduler.step(lambda loaded: loaded.runner.warmup())

@@ -11,6 +11,7 @@ that steps under way do not look at, and a cancelled row is emptied for the step
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -177,17 +178,47 @@ class RowRunner:
                     step.results = [result for result in step.results if result.slot != slot]
         self._results = [result for result in self._results if result.slot != slot]
 
+    def warmup(self) -> None:
+        """Compiles what draws tokens, and captures greedy steps of any number of rows and length.
+
+        As far as graphs have room, of the first group, on rows without a request: nothing where a
+        request decodes, which captures its own.
+        """
+        if not self._groups:
+            self._groups.append(self._new_group(0))
+        group = self._groups[0]
+        if any(row is not None for row in group.rows):
+            return
+        for sorts in (False, True):
+            group.state.choose(0, 1, SamplerKind(random=True, sorts=sorts), None)
+        if self._graphs is not None:
+            self._capture_greedy(group, self._graphs)
+
+    def _capture_greedy(self, group: _Group, graphs: GraphCache) -> None:
+        most_rows = _next_power_of_2(min(self._cache.num_slots, ROWS))
+        most_splits = _next_power_of_2(-(-self._cache.max_positions // self._split))
+        for num_splits in _powers_of_2(most_splits):
+            for num_rows in _powers_of_2(most_rows):
+                plan = StepPlan(num_rows, num_splits, SamplerKind(), None)
+                key = (self._groups.index(group), plan)
+                while key not in graphs.keys:  # once to compile, once to capture
+                    if not graphs.has_room() or graphs.is_refused(key):
+                        return
+                    graphs.run(key, partial(run_step, group.state, self._decoder, plan))
+
     def _free_row(self, state: SlotState) -> tuple[_Group, int]:
         """A row for a request, in the first group that has one and can report what it wants."""
         num_top = min(state.params.logprobs or 0, len(self._forbidden))
         for group in self._groups:
             if None in group.rows and num_top <= group.state.output.top_ids.shape[1]:
                 return group, group.rows.index(None)
+        self._groups.append(self._new_group(num_top))
+        return self._groups[-1], 0
+
+    def _new_group(self, num_top: int) -> _Group:
         vocab_size = len(self._forbidden)
-        wide = 0 if num_top == 0 else min(vocab_size, 1 << max(3, (num_top - 1).bit_length()))
-        group = _Group(RowState(vocab_size, self._forbidden, wide, self._kernels))
-        self._groups.append(group)
-        return group, 0
+        wide = 0 if num_top == 0 else min(vocab_size, max(8, _next_power_of_2(num_top)))
+        return _Group(RowState(vocab_size, self._forbidden, wide, self._kernels))
 
     def _enqueue(self, group: _Group) -> bool:
         """Gives the device one more step of a group; False if no row can need it."""
@@ -306,11 +337,19 @@ def _plan(rows: list[_Row], split: int) -> StepPlan:
     length = max(row.num_prompt + row.num_enqueued for row in rows)
     wanted = [row.state.params.logprobs for row in rows if row.state.params.logprobs is not None]
     return StepPlan(
-        num_rows=1 << last.bit_length(),
-        num_splits=1 << (-(-length // split) - 1).bit_length(),
+        num_rows=_next_power_of_2(last + 1),
+        num_splits=_next_power_of_2(-(-length // split)),
         kind=kind,
         num_top=max(wanted) if wanted else None,
     )
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _powers_of_2(most: int) -> list[int]:
+    return [1 << exponent for exponent in range(most.bit_length())]
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Decode runners: they own the step from one token to the next, sampling included.
 
 The scheduler knows only `DecodeRunner`. `EagerRunner` is the synchronous one on plain operations;
-runners on captured graphs or one native call a step have the same four methods, and may run ahead
+runners on captured graphs or one native call a step have the same methods, and may run ahead
 of `poll`.
 """
 
@@ -67,6 +67,9 @@ class DecodeRunner(Protocol):
     def cancel(self, slot: int) -> None:
         """Forgets a slot; it yields nothing more. Unknown slots are fine."""
 
+    def warmup(self) -> None:
+        """Prepares what steps of other requests than the first ones would stop for."""
+
 
 class EagerRunner:
     """Decodes slot by slot with the model's plain operations; results exist when `launch` returns.
@@ -100,6 +103,9 @@ class EagerRunner:
     def cancel(self, slot: int) -> None:
         self._active.pop(slot, None)
         self._results = [result for result in self._results if result.slot != slot]
+
+    def warmup(self) -> None:
+        """There is nothing to prepare."""
 
     def _step_all(self) -> None:
         for slot, state in list(self._active.items()):

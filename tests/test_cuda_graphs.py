@@ -97,6 +97,18 @@ def test_the_least_recently_used_goes_first(device):
     assert cache.keys == (5, 4)
 
 
+def test_room_is_for_one_as_large_as_the_largest(device):
+    cache = GraphCache(device.capture, 10)
+    assert cache.has_room()
+    for key in (4, 4, 1, 1):
+        device.run(cache, key)
+    assert cache.has_room()
+    for key in (2, 2):
+        device.run(cache, key)
+    assert not cache.has_room()
+    assert not GraphCache(device.capture, 0).has_room()
+
+
 def test_one_that_never_fits_is_tried_once(device, caplog):
     cache = GraphCache(device.capture, 5)
     device.run(cache, 2)
@@ -109,6 +121,7 @@ def test_one_that_never_fits_is_tried_once(device, caplog):
         ]
     assert "graph_memory_bytes=5" in caplog.text
     assert device.run(cache, 6) == ["body"]
+    assert [cache.is_refused(key) for key in (2, 6)] == [False, True]
     assert device.run(cache, 2) == ["capture", "replay", "body"], "what fits comes again"
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ovfast import BackendError, CapacityError, Engine
+from ovfast.device_sampling import SamplerKind
 from ovfast.row_runner import AHEAD
 from tests.support.engines import REQUESTS, open_engine
 from tests.support.row_decoder import open_rows, use_rows
@@ -168,6 +169,65 @@ def test_graphs_are_kept_by_shape(tiny_checkpoint):
         assert len(keys) == 1
         engine.generate("Go.", ignore_eos=True, max_new_tokens=6, temperature=1.0)
         assert len(runner._graphs.keys) == 2
+
+
+def graph_shapes(runner) -> list[tuple[int, int]]:
+    """(rows, splits) of what is captured, the least recently used first."""
+    return [(plan.num_rows, plan.num_splits) for _, plan in runner._graphs.keys]
+
+
+@pytest.mark.parametrize(
+    ("max_batch_size", "max_rows"), [(1, 1), (3, 4), (8, 8), (20, 16)], ids=str
+)
+def test_warmup_captures_greedy_steps_of_any_shape(tiny_checkpoint, max_batch_size, max_rows):
+    """A context of 1024 positions has 6 splits: it is looked at as 8."""
+    with open_engine(tiny_checkpoint, max_batch_size=max_batch_size) as engine:
+        runner = use_rows(engine)
+        engine.warmup()
+        rows = [count for count in (1, 2, 4, 8, 16) if count <= max_rows]
+        expected = {(count, splits) for count in rows for splits in (1, 2, 4, 8)}
+        assert set(graph_shapes(runner)) == expected
+        assert all(plan.kind == SamplerKind() for _, plan in runner._graphs.keys)
+        num_graphs = len(runner._graphs.keys)
+        engine.generate(["One", "Two"], ignore_eos=True, max_new_tokens=250)
+        assert len(runner._graphs.keys) == num_graphs
+
+
+def test_warmup_leaves_no_trace(tiny_checkpoint, plain: Engine):
+    with open_engine(tiny_checkpoint, max_batch_size=2) as engine:
+        runner = use_rows(engine)
+        engine.warmup()
+        state = runner._groups[0].state
+        assert bool((state.slots == -1).all())
+        assert runner.poll() == []
+        for options in OPTIONS:
+            expected = plain.generate("After.", **options)
+            assert_same_answer(engine.generate("After.", **options), expected, 1e-5)
+
+
+def test_warmup_stays_below_the_ceiling(tiny_checkpoint):
+    """The shortest contexts first, and nothing that was captured goes."""
+    with open_engine(tiny_checkpoint, max_batch_size=2) as engine:
+        runner = use_rows(engine, graph_bytes=3)
+        engine.warmup()
+        assert sorted(graph_shapes(runner)) == [(1, 1), (1, 2), (2, 1)]
+        use_rows(engine, graph_bytes=0)
+        engine.warmup()
+
+
+def test_warmup_beside_a_request_changes_nothing(tiny_checkpoint, plain: Engine):
+    ask = {"ignore_eos": True, "max_new_tokens": 8}
+    with open_engine(tiny_checkpoint, max_batch_size=2) as engine:
+        runner = use_rows(engine)
+        stream = engine.stream("Count.", **ask)
+        tokens = [*next(stream).token_ids]
+        engine.warmup()
+        for chunk in stream:
+            tokens += chunk.token_ids
+        assert tuple(tokens) == plain.generate("Count.", **ask).token_ids
+        assert len(runner._graphs.keys) <= 2
+        engine.warmup()
+        assert len(runner._graphs.keys) == 8
 
 
 def test_numbers_beyond_float32_and_int64(plain: Engine, rows: Engine):

@@ -51,10 +51,10 @@ class ReplayedGraph:
         del self._body
 
 
-def use_rows(engine: Engine) -> RowRunner:
-    """Replaces an engine's runner by the row runner over the plain model."""
+def use_rows(engine: Engine, graph_bytes: int = 1 << 20) -> RowRunner:
+    """Replaces an engine's runner by the row runner over the plain model, each graph of a byte."""
     loaded = engine._scheduler.loaded()
-    graphs = GraphCache(lambda body, tensor: ReplayedGraph(body), 1 << 20)
+    graphs = GraphCache(lambda body, tensor: ReplayedGraph(body), graph_bytes)
     decoder = PlainDecoder(loaded.model, loaded.cache)
     runner = RowRunner(loaded.cache, engine._forbidden, decoder, graphs, split=SPLIT)
     engine._scheduler._loaded = Loaded(loaded.model, loaded.cache, runner)

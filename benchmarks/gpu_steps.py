@@ -235,7 +235,7 @@ class Steps:
         for tensor in (cache.k_cache, cache.v_cache):
             tensor.normal_()
         forbidden = torch.zeros(model.vocab_size, dtype=torch.bool, device=bench.device)
-        self._state = state = RowState(model.vocab_size, forbidden)
+        self._state = state = RowState(model.vocab_size, forbidden, kernels=kernels)
         state.slots[:num_rows] = torch.arange(num_rows, dtype=torch.int32, device=bench.device)
         state.max_new_tokens.fill_(1 << 40)
         self._decoder = Qwen2Rows(model.language_model, cache, kernels)

@@ -52,7 +52,7 @@ BAD_LOADS: dict[str, tuple[type[OVFastError], Any, dict[str, Any], str]] = {
         ovfast.QuantizationError,
         None,
         {"quantization": "int3"},
-        r"quantization='int3'; expected 'int8', 'int4', or None",
+        r"quantization='int3'; expected 'int8', 'int4', 'fp8', or None",
     ),
     "attention": (ovfast.OptionError, None, {"attention": "fa9"}, r"attention='fa9'.*'sdpa'"),
 }

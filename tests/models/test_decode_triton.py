@@ -144,7 +144,7 @@ def test_float8_prefill_and_steps(random_checkpoint, device, dtype, spec):
     ours = LlavaOnevision(config, CheckpointWeights(path, config), ops, dtype, where)
     prefill, plain = fake_float8_models(path, dtype)
     caches = [m.new_cache(num_slots=2, max_positions=320) for m in (ours, plain)]
-    rows = RowState(ours.vocab_size, torch.zeros(ours.vocab_size, dtype=torch.bool, device=device))
+    rows = empty_rows(ours)
     decoder = Qwen2Rows(ours.language_model, caches[0], ours._ops.decode)
     tokens = []
     for row, length in enumerate((9, 270)):

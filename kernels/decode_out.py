@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ovfast.kernels.decode_attention import SPLIT
 from ovfast.kernels.decode_tiles import (
     ROWS,
     TRITON_DTYPES,
@@ -33,7 +34,6 @@ from ovfast.kernels.decode_tiles import (
     weight_tile,
 )
 
-SPLIT = 256
 _BLOCK_K = 256
 SPLITS_AT_ONCE = 2  # whose loads are in flight; four spilled registers at 0.5B on sm_100
 

@@ -13,7 +13,7 @@ DTYPES = {
     "fp8": torch.float8_e4m3fn,
 }
 # hidden_size, intermediate_size, vocab_size
-SIZES = {"0.5b": (896, 4864, 152000), "7b": (3584, 18944, 152128)}
+SIZES = {"0.5b": (896, 4864, 152000), "7b": (3584, 18944, 152128), "72b": (8192, 29568, 152128)}
 
 
 def _head_variant(dtype: str, size: str, min_wide_loads: int, *, pdl: bool = False) -> Variant:
@@ -72,9 +72,12 @@ VARIANTS = (
     _head_variant("bf16", "7b", 8),
     _head_variant("bf16", "7b", 8, pdl=True),
     _head_variant("fp8", "0.5b", 4, pdl=True),
+    _head_variant("bf16", "72b", 8, pdl=True),
     _head_variant("fp8", "7b", 4, pdl=True),
+    _head_variant("fp8", "72b", 4, pdl=True),
     _embed_variant("bf16", "0.5b"),
     _embed_variant("bf16", "0.5b", pdl=True),
+    _embed_variant("bf16", "72b", pdl=True),
 )
 
 # Programmatic dependent launch is of sm_90 and later, and float8 is not of sm_80.

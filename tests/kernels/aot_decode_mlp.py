@@ -84,6 +84,7 @@ VARIANTS = (
     _gate_up_variant("bf16", "7b", 8, pdl=True),
     _gate_up_variant("fp8", "0.5b", 4, pdl=True),
     _gate_up_variant("fp8", "7b", 4, pdl=True),
+    _gate_up_variant("bf16", "72b", 8, pdl=True),
     _gate_up_variant("fp8", "72b", 4, pdl=True),
     _down_variant("bf16", "0.5b", 4),
     _down_variant("bf16", "0.5b", 4, pdl=True),

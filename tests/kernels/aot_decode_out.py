@@ -7,7 +7,7 @@ from tests.support.aot import Variant, weight_arguments
 
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 # hidden_size, num_heads, head_dim
-SIZES = {"0.5b": (896, 14, 64), "7b": (3584, 28, 128)}
+SIZES = {"0.5b": (896, 14, 64), "7b": (3584, 28, 128), "72b": (8192, 64, 128)}
 
 
 def _out_variant(dtype: str, size: str, min_wide_loads: int, *, pdl: bool = False) -> Variant:
@@ -52,7 +52,9 @@ VARIANTS = (
     _out_variant("bf16", "7b", 8),
     _out_variant("bf16", "7b", 8, pdl=True),
     _out_variant("fp8", "0.5b", 4, pdl=True),
+    _out_variant("bf16", "72b", 8, pdl=True),
     _out_variant("fp8", "7b", 4, pdl=True),
+    _out_variant("fp8", "72b", 4, pdl=True),
 )
 
 # Programmatic dependent launch is of sm_90 and later, and float8 is not of sm_80.

@@ -52,6 +52,8 @@ def test_resources(
     assert resources.spill_instructions == 0
     assert resources.shared_bytes <= MAX_SHARED_BYTES[sm]
     assert resources.wide_loads >= variant.min_wide_loads
+    if "w_ptr" in variant.arguments and variant.constexprs["USE_PDL"]:
+        assert resources.early_wide_loads, "no weights are asked for before the wait"
     if variant.kernel_name in (
         "_decode_qkv_kernel",
         "_decode_gate_up_kernel",

@@ -112,6 +112,13 @@ def test_several_tiles_a_program(
     check_case(arguments)
 
 
+# Thousands of positions: 41 splits, beside a row with one.
+@pytest.mark.parametrize(("device", "dtype"), kernel_params())
+def test_long_contexts(device: str, dtype: torch.dtype) -> None:
+    positions: list[int | None] = [41 * 256 - 1, None, 3, 40 * 256]
+    check_case(make_arguments(device, dtype, (16, 2, 64), positions, max_splits=41))
+
+
 # 2¹⁰⁰⁰ overflows float32: the maximum must be subtracted before, in either order of the splits.
 @pytest.mark.parametrize("largest", [0, 1, 3])
 @pytest.mark.parametrize(("device", "dtype"), kernel_params())

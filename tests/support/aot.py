@@ -16,6 +16,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _REGISTER = re.compile(r"\bR(\d+)\b")
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _BRANCH = re.compile(r"\bBRA\b.*\((\.L_x_\d+)\)")
+_WIDE_LOAD = re.compile(r"\bLDG\.E\S*\.128\b")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -67,9 +68,12 @@ class Resources:
     shared_bytes: int  # a block
     wide_loads: int  # 128-bit global load instructions
     spill_instructions: int  # loads and stores of local memory
+    # Of a kernel that waits for the one before it, programmatically: what it asks for before.
+    early_wide_loads: int | None = None
+    early_bytes: int | None = None  # by them, of all blocks that an SM holds at a time
 
     def as_dict(self) -> dict[str, int]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def compile_variant(variant: Variant, sm: int) -> tuple[Resources, str]:
@@ -88,14 +92,29 @@ def compile_variant(variant: Variant, sm: int) -> tuple[Resources, str]:
     match = _USAGE.search(usage)
     assert match is not None, f"cuobjdump reports no resources:\n{usage}"
     registers, stack, static_shared, local = map(int, match.groups())
+    shared = static_shared + compiled.metadata.shared
+    early, threads = None, 32 * compiled.metadata.num_warps
+    if "ACQBULK" in sass:
+        early = len(_WIDE_LOAD.findall(sass[: sass.index("ACQBULK")]))
     resources = Resources(
         registers=registers,
         stack_bytes=stack + local,
-        shared_bytes=static_shared + compiled.metadata.shared,
-        wide_loads=len(re.findall(r"\bLDG\.E\S*\.128\b", sass)),
+        shared_bytes=shared,
+        wide_loads=len(_WIDE_LOAD.findall(sass)),
         spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        early_wide_loads=early,
+        early_bytes=early and 16 * early * threads * blocks_an_sm(registers, shared, threads),
     )
     return resources, sass
+
+
+def blocks_an_sm(registers: int, shared_bytes: int, threads: int) -> int:
+    """How many blocks an SM of sm_90 or sm_100 holds: 65536 registers, 227 KB, 2048 threads.
+
+    A warp's registers are given out 256 at a time, and a block takes 1 KB of shared memory more.
+    """
+    of_a_block = -(-32 * registers // 256) * 256 * threads // 32
+    return min(65536 // of_a_block, 232_448 // (shared_bytes + 1024), 2048 // threads, 32)
 
 
 def early_weight_reads(sass: str) -> list[str]:

@@ -96,6 +96,7 @@ def rows_of(bench):
     return [(row.workload, row.parameters.get("variant", row.side)) for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_both_sides_have_the_same_weights(bench):
     """The logits of a prompt, as its rows stand between the tower and the language model."""

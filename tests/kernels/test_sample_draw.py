@@ -110,7 +110,14 @@ def test_each_kind_alone(device: str, index: int, *, decoded: bool) -> None:
     check_case(rows, 5, kind_of(options), decoded=decoded)
 
 
-@pytest.mark.parametrize("options", [SamplingParams(temperature=1.0), OPTIONS[9], OPTIONS[13]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        SamplingParams(temperature=1.0),
+        pytest.param(OPTIONS[9], marks=pytest.mark.slow),
+        pytest.param(OPTIONS[13], marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("device", DEVICES)
 def test_many_seeds(device: str, options: SamplingParams) -> None:
     """96 draws of three blocks of ids, most of them of different tokens."""

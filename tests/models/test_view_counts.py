@@ -40,7 +40,7 @@ def picture_of(canvas_hw: tuple[int, int]) -> VisualPlan:
 PICTURES = {f"{plan.num_views}_views": plan for plan in map(picture_of, reversed(GRID))}
 CLIPS = {f"{n}_frames": plan_video(n, (20, 30), GEOMETRY, VisualOptions()) for n in FRAMES}
 PLANS = PICTURES | CLIPS
-QUICK_VIEWS = 7  # the interpreter takes a tenth of a second a view
+QUICK_VIEWS = 3  # the interpreter takes a tenth of a second a view
 
 
 def counted() -> list[object]:

@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ovfast.kernels.shared_memory import LARGE, SMALL, shared_bytes
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LOG2_E = 1.4426950408889634
 
@@ -153,7 +155,7 @@ def supports(head_dim: int) -> bool:
 
 
 def launch_config(
-    head_dim: int, tokens_per_view: int, dtype: torch.dtype
+    head_dim: int, tokens_per_view: int, dtype: torch.dtype, shared_bytes: int = LARGE
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Picks the meta-parameters and the launch options; not yet measured on a device.
 
@@ -167,6 +169,7 @@ def launch_config(
         head_dim: that `supports` allows.
         tokens_per_view: at least 1.
         dtype: of qkv.
+        shared_bytes: that one block may have: where it is SMALL, heads above 72 have two stages.
 
     Returns:
         Meta-parameters by name, and options by name.
@@ -183,7 +186,8 @@ def launch_config(
         "BLOCK_N": block_n,
         "TAIL_N": max(triton.next_power_of_2(tail), 16),
     }
-    return meta, {"num_warps": 8, "num_stages": 3}
+    is_tight = shared_bytes <= SMALL and head_dim > 72
+    return meta, {"num_warps": 8, "num_stages": 2 if is_tight else 3}
 
 
 def attention(
@@ -218,7 +222,7 @@ def attention(
     num_views = qkv.shape[0] // tokens_per_view
     if num_views == 0:
         return out
-    meta, options = launch_config(head_dim, tokens_per_view, qkv.dtype)
+    meta, options = launch_config(head_dim, tokens_per_view, qkv.dtype, shared_bytes(qkv.device))
     grid = (triton.cdiv(tokens_per_view, meta["BLOCK_M"]), num_heads, num_views)
     # Without the guard Triton launches on device 0; on CPU tensors it does nothing.
     with torch.cuda.device_of(qkv):

@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ovfast.kernels.shared_memory import LARGE, SMALL, shared_bytes
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LOG2_E = 1.4426950408889634
 
@@ -96,7 +98,9 @@ def supports(head_dim: int) -> bool:
     return head_dim % 8 == 0 and 8 <= head_dim <= 128
 
 
-def launch_config(head_dim: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
+def launch_config(
+    head_dim: int, dtype: torch.dtype, shared_bytes: int = LARGE
+) -> tuple[dict[str, int], dict[str, int]]:
     """Picks the meta-parameters and the launch options; not yet measured on a device.
 
     Half precision: 128 queries read the keys from L2 half as often as 64 would; with heads of 64
@@ -105,6 +109,7 @@ def launch_config(head_dim: int, dtype: torch.dtype) -> tuple[dict[str, int], di
     Args:
         head_dim: that `supports` allows.
         dtype: of q.
+        shared_bytes: that one block may have: where it is SMALL, heads above 64 have two stages.
 
     Returns:
         HEAD_DIM, HEAD_BLOCK, BLOCK_M and BLOCK_N by name, and options by name.
@@ -118,7 +123,8 @@ def launch_config(head_dim: int, dtype: torch.dtype) -> tuple[dict[str, int], di
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
     }
-    return meta, {"num_warps": 8, "num_stages": 3}
+    is_tight = shared_bytes <= SMALL and head_block > 64
+    return meta, {"num_warps": 8, "num_stages": 2 if is_tight else 3}
 
 
 def causal_attention(
@@ -166,7 +172,7 @@ def causal_attention(
     )
     if num_rows == 0:
         return out
-    meta, options = launch_config(head_dim, q.dtype)
+    meta, options = launch_config(head_dim, q.dtype, shared_bytes(q.device))
     block_m = meta["BLOCK_M"]
     num_blocks = (start + num_rows - 1) // block_m - start // block_m + 1
     # Without the guard Triton launches on device 0; on CPU tensors it does nothing.

@@ -26,6 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ovfast.kernels.shared_memory import LARGE, SMALL, shared_bytes
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LOG2_E = 1.4426950408889634
 SPLIT = 256  # keys of a program
@@ -124,7 +126,7 @@ def supports(head_dim: int) -> bool:
 
 
 def launch_config(
-    head_dim: int, group: int, dtype: torch.dtype
+    head_dim: int, group: int, dtype: torch.dtype, shared_bytes: int = LARGE
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Picks the meta-parameters and the launch options; not yet measured on a device.
 
@@ -136,6 +138,8 @@ def launch_config(
         head_dim: that `supports` allows.
         group: query heads of a KV head, at most GROUP_ROWS.
         dtype: of q and the cache.
+        shared_bytes: that one block may have: where it is SMALL, a split of heads of 128 has a
+            stage less.
 
     Returns:
         Meta-parameters by name, and options by name.
@@ -152,7 +156,8 @@ def launch_config(
         "BLOCK_N": block_n,
         "SPLIT": SPLIT,
     }
-    return meta, {"num_warps": 4, "num_stages": 5 if head_block < 128 else 4}
+    stages = 5 if head_block < 128 else 3 if shared_bytes <= SMALL else 4
+    return meta, {"num_warps": 4, "num_stages": stages}
 
 
 def decode_attention(
@@ -202,7 +207,9 @@ def decode_attention(
     if num_rows == 0 or num_splits == 0:
         return
     num_kv_heads = k_cache.shape[1]
-    meta, options = launch_config(q.shape[2], q.shape[1] // num_kv_heads, q.dtype)
+    meta, options = launch_config(
+        q.shape[2], q.shape[1] // num_kv_heads, q.dtype, shared_bytes(q.device)
+    )
     # Without the guard Triton launches on device 0; on CPU tensors it does nothing.
     with torch.cuda.device_of(q):
         _decode_attention_kernel[(num_rows, num_kv_heads, num_splits)](

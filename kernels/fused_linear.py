@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ovfast.kernels.shared_memory import LARGE, shared_bytes
+
 Activation = Literal["gelu_tanh", "gelu_erf"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -153,13 +155,14 @@ _NUM_SMS = 132  # of an H100 or H200; another device gets the same tiles
 _GROUP_M = 8
 
 
-def launch_config(num_rows: int, width: int, dtype: torch.dtype) -> Tile:
+def launch_config(num_rows: int, width: int, dtype: torch.dtype, shared_bytes: int = LARGE) -> Tile:
     """Picks the tile that should finish first for an out of (num_rows, width).
 
     Args:
         num_rows: of out, at least 1.
         width: of out, at least 1.
         dtype: of the tensors.
+        shared_bytes: that one block may have: where it is SMALL the largest tile does not fit.
 
     Returns:
         The tile. float32 has one.
@@ -173,7 +176,13 @@ def launch_config(num_rows: int, width: int, dtype: torch.dtype) -> Tile:
         num_waves: int = triton.cdiv(num_tiles, _NUM_SMS)
         return cost * tile.block_m * tile.block_n * num_waves
 
-    return min(_HALF_TILES, key=time)[0]
+    # Two bytes an element, in each stage of the pipeline, and barriers.
+    fitting = [
+        (tile, cost)
+        for tile, cost in _HALF_TILES
+        if 2 * (tile.block_m + tile.block_n) * tile.block_k * tile.num_stages < shared_bytes - 1024
+    ]
+    return min(fitting, key=time)[0]
 
 
 def fused_linear(
@@ -215,7 +224,7 @@ def fused_linear(
     width, depth = weight.shape
     if num_rows == 0:
         return out
-    tile = tile or launch_config(num_rows, width, x.dtype)
+    tile = tile or launch_config(num_rows, width, x.dtype, shared_bytes(x.device))
     grid = (triton.cdiv(num_rows, tile.block_m) * triton.cdiv(width, tile.block_n),)
     # Without the guard Triton launches on device 0; on CPU tensors it does nothing.
     with torch.cuda.device_of(x):

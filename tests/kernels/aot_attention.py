@@ -3,19 +3,28 @@
 import torch
 
 from ovfast.kernels import attention
-from tests.support.aot import Variant
+from ovfast.kernels.shared_memory import LARGE, SMALL
+from tests.support.aot import SMALL_NAME, Variant
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def _attention_variant(
-    dtype: str, tokens: int, num_heads: int, head_dim: int, min_wide_loads: int
+    dtype: str,
+    tokens: int,
+    num_heads: int,
+    head_dim: int,
+    min_wide_loads: int,
+    *,
+    small: bool = False,
 ) -> Variant:
-    meta, options = attention.launch_config(head_dim, tokens, _DTYPES[dtype])
+    meta, options = attention.launch_config(
+        head_dim, tokens, _DTYPES[dtype], SMALL if small else LARGE
+    )
     width = num_heads * head_dim
     return Variant(
         kernel=attention._attention_kernel,
-        name=f"{dtype}-head{head_dim}-tokens{tokens}",
+        name=f"{dtype}-head{head_dim}-tokens{tokens}" + SMALL_NAME * small,
         arguments={
             "qkv_ptr": f"*{dtype}",
             "out_ptr": f"*{dtype}",
@@ -42,6 +51,8 @@ VARIANTS = (
     _attention_variant("bf16", 729, 16, 64, min_wide_loads=6),
     _attention_variant("bf16", 729, 16, 128, min_wide_loads=12),
     _attention_variant("fp32", 729, 16, 128, min_wide_loads=12),
+    _attention_variant("bf16", 729, 16, 72, min_wide_loads=7, small=True),
+    _attention_variant("bf16", 729, 16, 128, min_wide_loads=12, small=True),
 )
 
 SM90_INSTRUCTIONS: dict[str, tuple[str, ...]] = {

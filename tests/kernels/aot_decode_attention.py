@@ -3,17 +3,27 @@
 import torch
 
 from ovfast.kernels import decode_attention
-from tests.support.aot import Variant
+from ovfast.kernels.shared_memory import LARGE, SMALL
+from tests.support.aot import SMALL_NAME, Variant
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _MAX_SPLITS = 128  # 32 768 positions
 
 
 def _decode_attention_variant(
-    dtype: str, num_heads: int, num_kv_heads: int, head_dim: int, pdl: bool, min_wide_loads: int
+    dtype: str,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    pdl: bool,
+    min_wide_loads: int,
+    *,
+    small: bool = False,
 ) -> Variant:
     group = num_heads // num_kv_heads
-    meta, options = decode_attention.launch_config(head_dim, group, _DTYPES[dtype])
+    meta, options = decode_attention.launch_config(
+        head_dim, group, _DTYPES[dtype], SMALL if small else LARGE
+    )
     head = _MAX_SPLITS * decode_attention.SPLIT * head_dim
     strides = {
         "qm": num_heads * head_dim, "qh": head_dim,
@@ -25,7 +35,7 @@ def _decode_attention_variant(
     }  # fmt: skip
     return Variant(
         kernel=decode_attention._decode_attention_kernel,
-        name=f"{dtype}-group{group}-head{head_dim}" + ("-pdl" if pdl else ""),
+        name=f"{dtype}-group{group}-head{head_dim}" + ("-pdl" if pdl else "") + SMALL_NAME * small,
         arguments={
             **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}"),
             **dict.fromkeys(("slots_ptr", "positions_ptr"), "*i32"),
@@ -51,6 +61,8 @@ VARIANTS = (
     _decode_attention_variant("fp16", 28, 4, 128, False, min_wide_loads=1),
     _decode_attention_variant("fp32", 14, 2, 64, False, min_wide_loads=1),
     _decode_attention_variant("fp32", 28, 4, 128, False, min_wide_loads=1),
+    _decode_attention_variant("bf16", 14, 2, 64, False, min_wide_loads=1, small=True),
+    _decode_attention_variant("bf16", 28, 4, 128, False, min_wide_loads=1, small=True),
 )
 
 # griddepcontrol is an instruction of sm_90.

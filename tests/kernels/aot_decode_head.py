@@ -4,7 +4,7 @@ import torch
 
 from ovfast.kernels import decode_head
 from ovfast.kernels.decode_mlp import down_splits
-from tests.support.aot import Variant, weight_arguments
+from tests.support.aot import Variant, small, weight_arguments
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -75,6 +75,7 @@ VARIANTS = (
     _head_variant("bf16", "72b", 8, pdl=True),
     _head_variant("fp8", "7b", 4, pdl=True),
     _head_variant("fp8", "72b", 4, pdl=True),
+    small(_head_variant("fp8", "7b", 4)),
     _embed_variant("bf16", "0.5b"),
     _embed_variant("bf16", "0.5b", pdl=True),
     _embed_variant("bf16", "72b", pdl=True),

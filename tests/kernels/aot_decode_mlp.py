@@ -5,7 +5,7 @@ import torch
 from ovfast.kernels import decode_mlp
 from ovfast.kernels.decode_out import out_splits
 from ovfast.kernels.decode_tiles import RESIDUAL_BLOCK
-from tests.support.aot import Variant, weight_arguments
+from tests.support.aot import Variant, small, weight_arguments
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -96,6 +96,8 @@ VARIANTS = (
     _down_variant("fp8", "0.5b", 2, pdl=True),
     _down_variant("fp8", "7b", 4, pdl=True),
     _down_variant("fp8", "72b", 4, pdl=True),
+    small(_gate_up_variant("fp8", "7b", 4)),
+    small(_down_variant("fp8", "7b", 4)),
 )
 
 # Programmatic dependent launch is of sm_90 and later, and float8 is not of sm_80.

@@ -3,7 +3,7 @@
 import triton.language as tl
 
 from ovfast.kernels import decode_out
-from tests.support.aot import Variant, weight_arguments
+from tests.support.aot import Variant, small, weight_arguments
 
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 # hidden_size, num_heads, head_dim
@@ -55,6 +55,7 @@ VARIANTS = (
     _out_variant("bf16", "72b", 8, pdl=True),
     _out_variant("fp8", "7b", 4, pdl=True),
     _out_variant("fp8", "72b", 4, pdl=True),
+    small(_out_variant("fp8", "7b", 4)),
 )
 
 # Programmatic dependent launch is of sm_90 and later, and float8 is not of sm_80.

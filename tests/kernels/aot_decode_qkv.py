@@ -4,7 +4,7 @@ import torch
 
 from ovfast.kernels import decode_qkv
 from ovfast.kernels.decode_tiles import RESIDUAL_BLOCK
-from tests.support.aot import Variant, weight_arguments
+from tests.support.aot import Variant, small, weight_arguments
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -77,6 +77,7 @@ VARIANTS = (
     _qkv_variant("fp8", "0.5b", 4, pdl=True),
     _qkv_variant("fp8", "7b", 4, pdl=True),
     _qkv_variant("fp8", "72b", 4, pdl=True),
+    small(_qkv_variant("fp8", "7b", 4)),
 )
 
 # Programmatic dependent launch is of sm_90 and later, and float8 is not of sm_80.

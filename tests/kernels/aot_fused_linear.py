@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from ovfast.kernels import fused_linear as fl
-from tests.support.aot import Variant
+from ovfast.kernels.shared_memory import LARGE, SMALL
+from tests.support.aot import SMALL_NAME, Variant
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENS = 729  # of a view
@@ -38,8 +39,11 @@ def variant_name(dtype: str, layer: str, tile: fl.Tile) -> str:
     return f"{dtype}-{layer}-{tile.block_m}x{tile.block_n}"
 
 
-def _variant(name: str, layer: Layer, num_rows: int, width: int, dtype: str) -> Variant:
-    tile, depth = fl.launch_config(num_rows, width, DTYPES[dtype]), layer.depth
+def _variant(
+    name: str, layer: Layer, num_rows: int, width: int, dtype: str, *, small: bool = False
+) -> Variant:
+    tile = fl.launch_config(num_rows, width, DTYPES[dtype], SMALL if small else LARGE)
+    depth = layer.depth
     arguments: dict[str, str | int] = {
         "x_ptr": f"*{dtype}",
         "weight_ptr": f"*{dtype}",
@@ -64,7 +68,7 @@ def _variant(name: str, layer: Layer, num_rows: int, width: int, dtype: str) -> 
             absent[pointer] = None
     return Variant(
         kernel=fl._fused_linear_kernel,
-        name=variant_name(dtype, name, tile),
+        name=variant_name(dtype, name, tile) + SMALL_NAME * small,
         arguments=arguments,
         constexprs={
             **absent,
@@ -92,6 +96,9 @@ def _all() -> Iterator[Variant]:
                 for num_views in VIEWS:
                     yield _variant(name, layer, num_views * TOKENS, width, dtype)
     yield _variant("demo", _DEMO, TOKENS, *_DEMO.widths, "bf16")
+    for name, layer in LAYERS.items():
+        for num_views in VIEWS:
+            yield _variant(name, layer, num_views * TOKENS, layer.widths[0], "bf16", small=True)
 
 
 # Counts of views, and widths, share tiles.

@@ -1,7 +1,7 @@
 """The specialisations of quantize_rows that are compiled ahead of time."""
 
 from ovfast.kernels import quantize_rows
-from tests.support.aot import Variant
+from tests.support.aot import Variant, small
 
 WIDTHS = {"0.5b": 896, "0.5b-mlp": 4864, "7b": 3584, "7b-mlp": 18944, "72b": 8192, "72b-mlp": 29568}
 
@@ -26,6 +26,10 @@ def _variant(dtype: str, size: str) -> Variant:
     )
 
 
-VARIANTS = (*(_variant("bf16", size) for size in WIDTHS), _variant("fp16", "0.5b-mlp"))
+VARIANTS = (
+    *(_variant("bf16", size) for size in WIDTHS),
+    _variant("fp16", "0.5b-mlp"),
+    small(_variant("bf16", "7b-mlp")),
+)
 # Float8 is not of sm_80.
 SMS: dict[str, tuple[int, ...]] = {variant.name: (90, 100) for variant in VARIANTS}

@@ -1,7 +1,7 @@
 """The specialisations of scaled_linear that are compiled ahead of time."""
 
 from ovfast.kernels import scaled_linear
-from tests.support.aot import Variant
+from tests.support.aot import Variant, small
 
 # What is added, in whose place a head has float32 logits. Widths and depths of all models are
 # multiples of 128, so one binary serves them.
@@ -54,6 +54,7 @@ def _variant(kind: str, tile: scaled_linear.Tile, dtype: str) -> Variant:
 VARIANTS = (
     *(_variant(kind, tile, "bf16") for kind in KINDS for tile in scaled_linear._TILES),
     *(_variant(kind, scaled_linear._TILES[0], "fp16") for kind in KINDS),
+    *(small(_variant("residual", tile, "bf16")) for tile in scaled_linear._TILES),
 )
 SM90_INSTRUCTIONS = {variant.name: ("QGMMA",) for variant in VARIANTS}
 # Float8 is not of sm_80.

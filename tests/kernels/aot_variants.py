@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 from tests.kernels import (
     aot_attention,
@@ -25,6 +26,7 @@ from tests.kernels import (
     aot_scaled_linear,
     aot_silu_mul,
 )
+from tests.support.aot import SMALL_NAME, SMALL_SM, Variant
 
 TABLE_PATH = Path(__file__).with_name("aot_table.json")
 # Each names the specialisations of one operation.
@@ -70,10 +72,22 @@ SM90_INSTRUCTIONS: dict[tuple[str, str], tuple[str, ...]] = {
     for variant in module.VARIANTS
     if variant.name in getattr(module, "SM90_INSTRUCTIONS", {})
 }
-# (specialisation, target): programmatic dependent launch is for sm_90 and later alone.
+
+
+def targets(module: ModuleType, variant: Variant) -> tuple[int, ...]:
+    """For what a specialisation is compiled: those for little shared memory for one such device,
+    and what a module names in SMS; programmatic dependent launch is for sm_90 and later alone.
+    """
+    if variant.name.endswith(SMALL_NAME):
+        return (SMALL_SM,)
+    own: dict[str, tuple[int, ...]] = getattr(module, "SMS", {})
+    return own.get(variant.name, ALL_SM)
+
+
+# (specialisation, target)
 COMPILES = tuple(
     (variant, sm)
     for module in MODULES
     for variant in module.VARIANTS
-    for sm in getattr(module, "SMS", {}).get(variant.name, ALL_SM)
+    for sm in targets(module, variant)
 )

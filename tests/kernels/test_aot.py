@@ -12,13 +12,14 @@ if INTERPRETING:
 
 from ovfast.kernels import fused_linear as fl
 from ovfast.kernels import place
+from ovfast.kernels.shared_memory import LARGE, SMALL
 from ovfast.ops_triton import VIEWS_A_STEP
 from tests.kernels import aot_fused_linear, aot_place
 from tests.kernels.aot_variants import COMPILES, DEFAULT_SM, MODULES, SM90_INSTRUCTIONS, read_table
 from tests.support.aot import TRITON_MINOR, Variant, compile_variant, early_weight_reads
 
-# Shared memory that one block may have: 163 KB on sm_80, 227 KB from sm_90 on.
-MAX_SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
+# Shared memory that one block may have.
+MAX_SHARED_BYTES = {80: 166_912, 89: SMALL, 90: LARGE, 100: LARGE}
 
 
 # One specialisation of each operation, for one target, in the quick suite.

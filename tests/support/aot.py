@@ -3,7 +3,7 @@
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ _REGISTER = re.compile(r"\bR(\d+)\b")
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _BRANCH = re.compile(r"\bBRA\b.*\((\.L_x_\d+)\)")
 _WIDE_LOAD = re.compile(r"\bLDG\.E\S*\.128\b")
+# The end of the name of what is for devices with little shared memory, sm_89 among them.
+SMALL_NAME = "-small"
+SMALL_SM = 89
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -46,6 +49,11 @@ class Variant:
     @property
     def kernel_name(self) -> str:
         return str(self.kernel.__name__)
+
+
+def small(variant: Variant) -> Variant:
+    """The same for a device with little shared memory."""
+    return replace(variant, name=variant.name + SMALL_NAME)
 
 
 def weight_arguments(dtype: str) -> tuple[str, dict[str, str], dict[str, Any]]:

@@ -285,7 +285,7 @@ def _check_memory(weight_bytes: int, cache_bytes: int, device: torch.device) -> 
     count.
     """
     is_cuda = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if is_cuda else _available_bytes()
+    free = _free_device_bytes(device) if is_cuda else _available_bytes()
     need = weight_bytes + (cache_bytes if is_cuda else 0)
     if free is not None and need > free:
         raise CapacityError(
@@ -294,6 +294,12 @@ def _check_memory(weight_bytes: int, cache_bytes: int, device: torch.device) -> 
             f" {'a smaller max_seq_len or max_batch_size' if is_cuda else QUANTIZE_HINT}, or"
             " dtype='bfloat16'."
         )
+
+
+def _free_device_bytes(device: torch.device) -> int:
+    """What the driver has free, and what torch keeps of it unused, as after closing an engine."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _available_bytes() -> int | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ovfast.kv_cache import kv_bytes_per_token
 from ovfast.media import MediaLimits
 from ovfast.models.llava_onevision import LlavaOnevision
 from ovfast.ops import Ops, has_native, make_ops, with_storage
+from ovfast.out_of_memory import free_frames, is_out_of_memory
 from ovfast.packed_file import PACKED_FILE, PackedFile
 from ovfast.packed_weights import PackedCheckpoint, is_packed
 from ovfast.processor import Processor
@@ -150,19 +152,23 @@ def load(
     cache_bytes = positions * max_batch_size * kv_bytes_per_token(config.text, compute)
     _check_memory(weight_bytes, cache_bytes, target)
     graphs = _make_graphs(ops, target, cuda_graphs, graph_bytes)
-    built = LlavaOnevision(config, weights, ops, compute, target, graphs)
-    weights.finish()
-    return Engine(
-        built,
-        processor,
-        ops,
-        max_seq_len=positions,
-        max_batch_size=max_batch_size,
-        visual=visual or VisualOptions(),
-        media_limits=media_limits or MediaLimits(),
-        encoded_memory_bytes=encoded_bytes,
-        graphs=graphs,
-    )
+
+    def build() -> Engine:
+        built = LlavaOnevision(config, weights, ops, compute, target, graphs)
+        weights.finish()
+        return Engine(
+            built,
+            processor,
+            ops,
+            max_seq_len=positions,
+            max_batch_size=max_batch_size,
+            visual=visual or VisualOptions(),
+            media_limits=media_limits or MediaLimits(),
+            encoded_memory_bytes=encoded_bytes,
+            graphs=graphs,
+        )
+
+    return _build(build, weight_bytes, cache_bytes, target)
 
 
 def _is_packed_directory(model: object) -> bool:
@@ -288,12 +294,32 @@ def _check_memory(weight_bytes: int, cache_bytes: int, device: torch.device) -> 
     free = _free_device_bytes(device) if is_cuda else _available_bytes()
     need = weight_bytes + (cache_bytes if is_cuda else 0)
     if free is not None and need > free:
-        raise CapacityError(
-            f"weights of {weight_bytes / 1e9:.2f} GB and a cache of {cache_bytes / 1e9:.2f} GB do"
-            f" not fit in the {free / 1e9:.2f} GB free on {device}. Use"
-            f" {'a smaller max_seq_len or max_batch_size' if is_cuda else QUANTIZE_HINT}, or"
-            " dtype='bfloat16'."
+        raise _too_large(
+            weight_bytes, cache_bytes, device, f"in the {free / 1e9:.2f} GB free on {device}"
         )
+
+
+def _build(
+    build: Callable[[], Engine], weight_bytes: int, cache_bytes: int, device: torch.device
+) -> Engine:
+    """Calls `build`; where it fails, what it had built is freed, also while the error is kept."""
+    try:
+        return build()
+    except Exception as error:
+        free_frames(error)
+        if is_out_of_memory(error):
+            raise _too_large(weight_bytes, cache_bytes, device, f"on {device} ({error})") from error
+        raise
+
+
+def _too_large(
+    weight_bytes: int, cache_bytes: int, device: torch.device, where: str
+) -> CapacityError:
+    hint = "a smaller max_seq_len or max_batch_size" if device.type == "cuda" else QUANTIZE_HINT
+    return CapacityError(
+        f"weights of {weight_bytes / 1e9:.2f} GB and a cache of {cache_bytes / 1e9:.2f} GB do not"
+        f" fit {where}. Use {hint}, or dtype='bfloat16'."
+    )
 
 
 def _free_device_bytes(device: torch.device) -> int:

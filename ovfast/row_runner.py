@@ -35,6 +35,7 @@ from ovfast.models.llava_onevision import LlavaOnevision
 from ovfast.models.qwen2_rows import Qwen2Rows
 from ovfast.native_runner import NativeRunner
 from ovfast.ops import Ops
+from ovfast.out_of_memory import capacity_error
 from ovfast.runner import DecodeRunner, EagerRunner, SlotState, StepResult
 from ovfast.sampling import TokenLogprob
 from ovfast.staging import to_device
@@ -61,8 +62,8 @@ class _Row:
 class _Step:
     """One step under way: who was in it, and what it will have told.
 
-    `is_enqueued` is set last: a step without it was cut in two by an interrupt. Reading can be
-    repeated: `results` are made once.
+    `is_enqueued` is set last: a step without it was cut in two, by `error` or by an interrupt.
+    Reading can be repeated: `results` are made once.
     """
 
     rows: list[_Row]
@@ -71,6 +72,7 @@ class _Step:
     output: StepOutput | None = None
     event: torch.cuda.Event | None = None
     is_enqueued: bool = False
+    error: Exception | None = None
     results: list[StepResult] | None = None
 
 
@@ -221,24 +223,34 @@ class RowRunner:
         return _Group(RowState(vocab_size, self._forbidden, wide, self._kernels))
 
     def _enqueue(self, group: _Group) -> bool:
-        """Gives the device one more step of a group; False if no row can need it."""
+        """Gives the device one more step of a group; False if no row can need it.
+
+        An error ends the requests in it: those of other groups go on, whoever drives the step.
+        """
         rows = [row for row in group.active() if row.num_enqueued < row.state.max_new_tokens]
         if not rows:
             return False
         plan = _plan(group.active(), self._split)
         step = _Step(rows, plan.num_top)
         group.steps.append(step)
+        try:
+            self._run(group, plan)
+            for row in rows:
+                row.num_enqueued += 1
+            step.counts = [row.num_enqueued for row in rows]
+            self._close(group, step)
+        except Exception as error:  # noqa: BLE001 - told to all that were in the step
+            step.error = error
+            self._drop_cut_steps(group)
+        return step.is_enqueued
+
+    def _run(self, group: _Group, plan: StepPlan) -> None:
         state, decoder = group.state, self._decoder
         if self._graphs is None:
             run_step(state, decoder, plan)
         else:
             key = (self._groups.index(group), plan)
             self._graphs.run(key, lambda: run_step(state, decoder, plan))
-        for row in rows:
-            row.num_enqueued += 1
-        step.counts = [row.num_enqueued for row in rows]
-        self._close(group, step)
-        return True
 
     def _close(self, group: _Group, step: _Step) -> None:
         """Copies what a step tells to the host, behind it in the stream."""
@@ -255,15 +267,12 @@ class RowRunner:
         step.is_enqueued = True
 
     def _drop_cut_steps(self, group: _Group) -> None:
-        """Ends the requests of a step that an interrupt cut: what it did cannot be known."""
+        """Ends the requests of a step that was cut in two: what it did cannot be known."""
         for step in [step for step in group.steps if not step.is_enqueued]:
             group.steps.remove(step)
             for entry in step.rows:
                 if not entry.is_over:
-                    error = BackendError(
-                        "an interrupt (Ctrl-C) or an error of a neighbour cut a step of this"
-                        " request in two; its text cannot be continued. Repeat the request."
-                    )
+                    error = _cut_error(step.error)
                     self._results.append(self._end(group, entry, -1, None, None, error))
 
     def _read(self, group: _Group, step: _Step) -> list[StepResult]:
@@ -342,6 +351,23 @@ def _plan(rows: list[_Row], split: int) -> StepPlan:
         kind=kind,
         num_top=max(wanted) if wanted else None,
     )
+
+
+def _cut_error(cause: Exception | None) -> Exception:
+    """What a request is told of a step that was cut: by an error, or by an interrupt."""
+    if cause is None:
+        return BackendError(
+            "an interrupt (Ctrl-C) cut a step of this request in two; its text cannot be"
+            " continued. Repeat the request."
+        )
+    if (full := capacity_error(cause)) is not None:
+        return full
+    error = BackendError(
+        f"a step of this request and of those that decode beside it failed ({cause}); its text"
+        " cannot be continued. Repeat the request."
+    )
+    error.__cause__ = cause
+    return error
 
 
 def _next_power_of_2(number: int) -> int:

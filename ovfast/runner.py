@@ -12,6 +12,7 @@ import torch
 
 from ovfast.kv_cache import KVCache
 from ovfast.models.llava_onevision import LlavaOnevision
+from ovfast.out_of_memory import capacity_error
 from ovfast.sampling import SamplingParams, TokenLogprob, sample, token_logprob
 
 
@@ -116,7 +117,7 @@ class EagerRunner:
         try:
             result = self._next_token(slot, state)
         except Exception as error:  # noqa: BLE001 - a request's failure is not its neighbours'
-            result = StepResult(slot, -1, None, None, error)
+            result = StepResult(slot, -1, None, None, capacity_error(error) or error)
         # Nothing so far keeps a repetition of the step from giving the same result, and from here
         # to the call of append CPython looks for no signal.
         state.is_over = result.finished is not None or result.error is not None

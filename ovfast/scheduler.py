@@ -26,6 +26,7 @@ from ovfast.errors import BackendError, CapacityError
 from ovfast.kv_cache import KVCache
 from ovfast.model_inputs import ModelInputs
 from ovfast.models.llava_onevision import LlavaOnevision, Part
+from ovfast.out_of_memory import capacity_error
 from ovfast.outputs import StreamChunk
 from ovfast.request import Request
 from ovfast.runner import DecodeRunner, StepResult
@@ -126,12 +127,10 @@ class Scheduler:
                 self._stepping = True
                 with torch.inference_mode():
                     return work(loaded)
-            except torch.OutOfMemoryError as error:
-                raise CapacityError(
-                    f"the device has no memory left for this request ({error}). Use fewer or"
-                    " smaller pictures, lower max_views or num_frames, or load with a smaller"
-                    " max_seq_len or max_batch_size."
-                ) from error
+            except (RuntimeError, MemoryError) as error:
+                if (full := capacity_error(error)) is not None:
+                    raise full from error
+                raise
             finally:
                 self._stepping = False
                 self._collect(loaded)

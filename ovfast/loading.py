@@ -132,6 +132,7 @@ def load(
         storage=wanted or "float32",
         quantization="fp8" if quantization == "fp8" else "",
     )
+    _check_attention(attention, wanted or _default_dtype(target))
     path = resolve_checkpoint(model, revision=revision, token=token, cache_dir=cache_dir)
     config = ModelConfig.from_checkpoint(path)
     positions = _resolve_positions(max_seq_len, config)
@@ -284,6 +285,15 @@ def _check_quantization(quantization: str | None, device: torch.device, backend:
         " quantised weights. Use device='cpu', backend='auto' and the compiled module, or"
         " quantization=None."
     )
+
+
+def _check_attention(attention: str, dtype: str) -> None:
+    """Refuses flash-attn where it has no kernels: itself it does so in the first prefill."""
+    if attention == "flash" and dtype not in ("float16", "bfloat16"):
+        raise OptionError(
+            f"attention='flash' with dtype={dtype!r}; flash-attn computes in 'bfloat16' and"
+            " 'float16' alone. Use one of them, or attention='auto'."
+        )
 
 
 def _check_memory(weight_bytes: int, cache_bytes: int, device: torch.device) -> None:

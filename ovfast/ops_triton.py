@@ -4,7 +4,7 @@ Imports Triton, so `ops` imports this module only when it is asked for.
 """
 
 import importlib
-import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -44,6 +44,9 @@ VIEWS_A_STEP = 64
 FLOAT8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
 # Device → fastest attention of a prefill, as `make gpu` found it; no device has been measured yet.
 PREFILL_ATTENTION: dict[str, str] = {}
+FLASH_DTYPES = (torch.float16, torch.bfloat16)  # all that flash-attn has kernels for
+
+logger = logging.getLogger(__name__)
 
 
 def triton_fields(
@@ -60,7 +63,7 @@ def triton_fields(
         Fields of `Ops` by name.
 
     Raises:
-        BackendError: flash-attn is asked for and not installed.
+        BackendError: flash-attn is asked for and cannot be imported.
     """
     has_device = torch.cuda.is_available() and not interpreting
     name = wanted_attention
@@ -81,7 +84,7 @@ def triton_fields(
         "resample": resize.resample,
         "patch_embed": _patch_embed,
         "view_attention": _view_attention,
-        "causal_attention": _causal_attention(name),
+        "causal_attention": _causal_attention(name, required=wanted_attention != "auto"),
         "project_and_pack": _project_and_pack,
         "reads_pictures": True,
         "views_a_step": VIEWS_A_STEP,
@@ -252,19 +255,17 @@ def _rope_and_store(
     )
 
 
-def _causal_attention(name: str) -> Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]:
+def _causal_attention(
+    name: str, *, required: bool = True
+) -> Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]:
     """Attention of a prefill. Only torch's upper-left mask keeps SDPA from continuing a prefix."""
-    if name == "flash" and importlib.util.find_spec("flash_attn") is None:
-        raise BackendError(
-            "attention='flash' needs the package flash-attn, which is not installed. Install"
-            " ovfast[flash], or use attention='auto'."
-        )
+    flash = _flash_attention(required=required) if name == "flash" else None
 
     def attend(q: Tensor, k: Tensor, v: Tensor, positions: Sequence[int]) -> Tensor:
         num_keys = k.shape[1]
         is_suffix = isinstance(positions, range) and positions.stop == num_keys
-        if name == "flash" and is_suffix:
-            return _flash_attention(q, k, v)
+        if flash is not None and is_suffix and q.dtype in FLASH_DTYPES:
+            return flash(q, k, v)
         own = is_suffix and causal_attention.supports(q.shape[-1])
         if own and (name == "triton" or positions != range(num_keys)):
             return causal_attention.causal_attention(q, k, v, num_keys - len(q)).flatten(1)
@@ -273,12 +274,32 @@ def _causal_attention(name: str) -> Callable[[Tensor, Tensor, Tensor, Sequence[i
     return attend
 
 
-def _flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """flash-attn aligns its causal mask to the lower right, so it continues a prefix as it is."""
-    flash: Any = importlib.import_module("flash_attn")
-    keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-    out: Tensor = flash.flash_attn_func(q[None], keys, values, causal=True)
-    return out[0].flatten(1)
+def _flash_attention(*, required: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """flash-attn aligns its causal mask to the lower right, so it continues a prefix as it is.
+
+    None where it cannot be imported and is not required.
+    """
+    try:
+        flash: Any = importlib.import_module("flash_attn")
+    except ImportError as error:  # also where it was built for another torch
+        if not required:
+            logger.warning(
+                "flash-attn is the fastest attention of a prefill here and cannot be imported (%s):"
+                " torch's runs instead. Install ovfast[flash]",
+                error,
+            )
+            return None
+        raise BackendError(
+            f"attention='flash' needs the package flash-attn, which cannot be imported ({error})."
+            " Install ovfast[flash], or use attention='auto'."
+        ) from error
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+        out: Tensor = flash.flash_attn_func(q[None], keys, values, causal=True)
+        return out[0].flatten(1)
+
+    return attend
 
 
 def _decode_kernels(*, pdl: bool) -> DecodeKernels:

@@ -5,14 +5,16 @@ import logging
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 
+import ovfast
 from ovfast import ops as ops_module
-from ovfast import reference_pixels
-from ovfast.errors import BackendError, OptionError
+from ovfast import reference, reference_pixels
+from ovfast.errors import BackendError, CheckpointError, OptionError
 from ovfast.ops import OPERATIONS, Ops, make_ops
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -135,6 +137,82 @@ def test_auto_on_cuda_takes_triton():
     assert ops.where["resample"] == ops.where["project_and_pack"] == "triton"
     assert ops.where["decode_attention"] == ops.where["linear"] == "reference"
     assert ops.where["pack_views"] == "reference"
+
+
+@pytest.fixture
+def flash_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device for which the table of attentions names flash-attn."""
+    own = pytest.importorskip("ovfast.ops_triton", reason="needs triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(own.PREFILL_ATTENTION, "H200", "flash")
+
+
+def add_flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """A stand-in for the package; the dtypes it was called with."""
+    seen = []
+
+    def flash_attn_func(q, k, v, *, causal):
+        assert causal
+        seen.append(q.dtype)
+        return torch.full_like(q, 7)
+
+    package = types.SimpleNamespace(flash_attn_func=flash_attn_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    return seen
+
+
+def attention_inputs(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return (*(torch.randn(shape).to(dtype) for shape in [(5, 2, 16), (1, 5, 16), (1, 5, 16)]),)
+
+
+def assert_is_sdpa(ops: Ops, dtype: torch.dtype) -> None:
+    inputs = attention_inputs(dtype)
+    expected = reference.causal_attention(*inputs, range(5))
+    assert torch.equal(ops.causal_attention(*inputs, range(5)), expected)
+
+
+@pytest.mark.parametrize("attention", ["auto", "flash"])
+def test_flash_attn_where_it_is_fastest(monkeypatch, flash_is_fastest, attention):
+    seen = add_flash_attn(monkeypatch)
+    ops = make_ops(CUDA, attention=attention)
+    for dtype in (torch.bfloat16, torch.float16):
+        out = ops.causal_attention(*attention_inputs(dtype), range(5))
+        assert torch.equal(out, torch.full((5, 32), 7, dtype=dtype))
+    assert_is_sdpa(ops, torch.float32)  # which flash-attn refuses
+    assert seen == [torch.bfloat16, torch.float16]
+
+
+def test_flash_attn_where_no_table_names_it(monkeypatch, flash_is_fastest):
+    seen = add_flash_attn(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another")
+    assert_is_sdpa(make_ops(CUDA), torch.bfloat16)
+    assert seen == []
+
+
+def test_flash_attn_that_is_fastest_and_missing(monkeypatch, flash_is_fastest, caplog):
+    hide(monkeypatch, "flash_attn")
+    with caplog.at_level(logging.WARNING, logger="ovfast"):
+        ops = make_ops(CUDA)
+    assert "No module named 'flash_attn'" in caplog.text
+    assert ops.backend == "triton"
+    assert_is_sdpa(ops, torch.bfloat16)
+    with pytest.raises(BackendError, match=r"cannot be imported \(No module.*ovfast\[flash\]"):
+        make_ops(CUDA, attention="flash")
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.float32])
+def test_flash_attn_has_no_float32(monkeypatch, flash_is_fastest, dtype):
+    """Told before the checkpoint is looked for."""
+    add_flash_attn(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    options = {"device": "cuda", "attention": "flash"}
+    with pytest.raises(OptionError, match="with dtype='float32'; flash-attn computes in 'bfloat16"):
+        ovfast.load("/no/such/model", dtype=dtype, **options)
+    for allowed in ("auto", "bfloat16", "float16"):
+        with pytest.raises(CheckpointError, match="no such directory"):
+            ovfast.load("/no/such/model", dtype=allowed, **options)
 
 
 @pytest.mark.parametrize(("offset_hw", "grid_hw"), [((0, 0), (1, 1)), ((3, 5), (2, 3))])

@@ -39,7 +39,8 @@ from ovfast.storage import bytes_per_param
 class Engine(EngineBase):
     """A loaded model that answers requests; made by `ovfast.load`, closed by `close` or `with`.
 
-    Any number of threads may call it.
+    Any number of threads may call it. On CUDA it works on the stream that was current when it was
+    loaded; callers on other streams are kept in order with it.
 
     Attributes:
         config: of the checkpoint.

@@ -30,6 +30,7 @@ from ovfast.decode_rows import (
 )
 from ovfast.device_sampling import SamplerKind
 from ovfast.errors import BackendError
+from ovfast.home_stream import HomeStream
 from ovfast.kv_cache import KVCache
 from ovfast.models.llava_onevision import LlavaOnevision
 from ovfast.models.qwen2_rows import Qwen2Rows
@@ -113,6 +114,7 @@ class RowRunner:
         self._cache, self._forbidden, self._decoder = cache, forbidden, decoder
         self._graphs, self._kernels, self._split = graphs, kernels, split
         self._device = forbidden.device
+        self._home = HomeStream(self._device)
         self._groups: list[_Group] = []
         self._owed = 0
         self._results: list[StepResult] = []
@@ -169,7 +171,7 @@ class RowRunner:
         for group in self._groups:
             for entry in group.rows:
                 if entry is not None and entry.slot == slot:
-                    group.state.release(entry.row)
+                    self._home.run(partial(group.state.release, entry.row))
                     entry.is_over = True
                     group.rows[entry.row] = None
             for step in group.steps:  # also of one whose row is free already

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ovfast.clock import Mark, mark
 from ovfast.errors import BackendError, CapacityError
+from ovfast.home_stream import HomeStream
 from ovfast.kv_cache import KVCache
 from ovfast.model_inputs import ModelInputs
 from ovfast.models.llava_onevision import LlavaOnevision, Part
@@ -64,6 +65,7 @@ class Scheduler:
 
     def __init__(self, loaded: Loaded) -> None:
         self._loaded: Loaded | None = loaded
+        self._home = HomeStream(loaded.model.device)
         self._process = os.getpid()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -110,7 +112,7 @@ class Scheduler:
         """Runs one step.
 
         Args:
-            work: called under the lock, in inference mode.
+            work: called under the lock, in inference mode, on the engine's own stream.
 
         Returns:
             What `work` returns.
@@ -122,18 +124,21 @@ class Scheduler:
         with self._lock:
             self._check_not_stepping()
             loaded = self.loaded()
+            return self._home.run(lambda: self._step(loaded, work))
+
+    def _step(self, loaded: Loaded, work: Callable[[Loaded], T]) -> T:
+        self._collect(loaded)
+        try:
+            self._stepping = True
+            with torch.inference_mode():
+                return work(loaded)
+        except (RuntimeError, MemoryError) as error:
+            if (full := capacity_error(error)) is not None:
+                raise full from error
+            raise
+        finally:
+            self._stepping = False
             self._collect(loaded)
-            try:
-                self._stepping = True
-                with torch.inference_mode():
-                    return work(loaded)
-            except (RuntimeError, MemoryError) as error:
-                if (full := capacity_error(error)) is not None:
-                    raise full from error
-                raise
-            finally:
-                self._stepping = False
-                self._collect(loaded)
 
     def reuse(self, inputs: ModelInputs, slot: int, limit: int) -> int:
         """Puts the beginning of a request into a slot of its own, as far as its handle holds it.

@@ -24,7 +24,7 @@ from ovfast.roofline import text_body_params, text_head_params
 from tests.support import runtime
 from tests.support.checkpoints import CheckpointSpec
 from tests.support.devices import quick_first, quick_kernel_params, requires_cuda
-from tests.support.engines import REQUESTS, open_engine
+from tests.support.engines import REQUESTS, open_engine, run_threads
 from tests.support.interpreter import INTERPRETING
 from tests.support.requests import Image, Text, make_request
 from tests.support.runners import OPTIONS
@@ -332,6 +332,46 @@ def test_a_captured_step_equals_an_eager_one(random_checkpoint):
     assert graphs.keys == ("step",)
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
+
+
+SLEEP_CYCLES = 20_000_000  # some 10 ms: a step that does not wait for its caller comes before
+
+
+@requires_cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("loads_on", ["the default stream", "a stream of its own"])
+def test_callers_on_streams_of_their_own(random_checkpoint, loads_on, graphs):
+    """Their streams are busy when they call; prefills, steps and cancelled rows stay in order."""
+    path = random_checkpoint(REAL)
+    options = {"device": "cuda", "max_seq_len": 1024, "max_batch_size": 4, "cuda_graphs": graphs}
+    stream = torch.cuda.Stream() if loads_on == "a stream of its own" else None
+    with torch.cuda.stream(stream):
+        engine = open_engine(path, **options)
+    with engine:
+        ask = {"max_new_tokens": 20, "ignore_eos": True}
+        prompts = [f"Number {index} of many" for index in range(4)]
+        alone = [engine.generate(prompt, **ask).token_ids for prompt in prompts]
+        inputs = [engine.prepare(prompt) for prompt in prompts]
+        logits = [engine.forward(each).clone() for each in inputs]
+        torch.cuda.synchronize()
+
+        def work(index: int) -> list[bool]:
+            right = []
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(4):
+                    torch.cuda._sleep(SLEEP_CYCLES)
+                    left = engine.stream("Leave.", **ask)
+                    next(left)
+                    torch.cuda._sleep(SLEEP_CYCLES)
+                    left.close()
+                    right.append(engine.generate(prompts[index], **ask).token_ids == alone[index])
+                    torch.cuda._sleep(SLEEP_CYCLES)
+                    right.append(torch.equal(engine.forward(inputs[index]), logits[index]))
+            return right
+
+        results = run_threads([partial(work, index) for index in range(4)])
+        assert results == [[True] * 8] * 4
 
 
 @requires_cuda

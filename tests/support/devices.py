@@ -59,3 +59,15 @@ def host_never_waits() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def memory_limit(num_bytes: int) -> Iterator[None]:
+    """Lets torch reserve no more than so much on the device."""
+    before = torch.cuda.get_per_process_memory_fraction()
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(num_bytes / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before)

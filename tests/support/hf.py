@@ -18,12 +18,12 @@ assert transformers.__version__ not in ("4.57.0", "4.57.1")
 
 
 @cache
-def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_model(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     model = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(
         path, dtype=dtype, attn_implementation="sdpa"
     )
     model.generation_config.eos_token_id = None  # always the asked number of tokens
-    return model.eval()
+    return model.eval().to(device)
 
 
 @cache
@@ -53,7 +53,9 @@ class HFInputs:
     visual: dict[str, Any]
 
 
-def make_inputs(path: Path, request: Request, dtype: torch.dtype = torch.float32) -> HFInputs:
+def make_inputs(
+    path: Path, request: Request, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> HFInputs:
     """The same request as transformers' model takes it; pictures by its own PIL processor."""
     visual: dict[str, Any] = {}
     if request.images:
@@ -65,7 +67,8 @@ def make_inputs(path: Path, request: Request, dtype: torch.dtype = torch.float32
             frames = normalise(request.views[first : first + plan.num_views])
             visual["pixel_values_videos"] = frames[None].to(dtype)
         first += plan.num_views
-    return HFInputs(torch.from_numpy(request.input_ids)[None], visual)
+    visual = {name: tensor.to(device) for name, tensor in visual.items()}
+    return HFInputs(torch.from_numpy(request.input_ids)[None].to(device), visual)
 
 
 @torch.no_grad()

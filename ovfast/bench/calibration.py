@@ -75,6 +75,8 @@ class Calibration:
         gflops = max(exact, limits.int8_gops or 0.0) if storage in GROUPS else exact
         # Quantised attention multiplies 16 bits: two products in the lane of one in float32.
         attention = 2 * exact if storage in GROUPS else exact
+        if storage == "fp8":
+            gflops = 2 * exact  # of tensor cores, beside bfloat16; attention is not float8
         read = max(limits.read_gb_per_s.values())
         return Machine(read, gflops, attention, self.rates.get(storage))
 

@@ -17,6 +17,7 @@ from ovfast.bench.op_cases import Bench, OpCase, Work, op_cases
 from ovfast.bench.record import Row
 from ovfast.bench.session import Session
 from ovfast.bench.targets import Target
+from ovfast.errors import OptionError
 from ovfast.ops import make_ops
 from ovfast.storage import DTYPES
 
@@ -38,7 +39,16 @@ class _Timed:
 
 
 def open_bench(target: Target, variant: Variant) -> Bench:
-    """A back end of a target's device, with its sizes."""
+    """A back end of a target's device, with its sizes.
+
+    Raises:
+        OptionError: float8, whose weights are not those of every layer.
+    """
+    if variant.storage == "fp8":
+        raise OptionError(
+            "storage 'fp8' of single operations; it is of the language model's linear layers alone."
+            " Use `ovfast bench latency --storage fp8`, or another storage."
+        )
     ops = make_ops(target.device, variant.backend, threads=target.threads, storage=variant.storage)
     dtype = torch.float32 if ops.storage else DTYPES[variant.storage]
     return Bench(ops, target.config, dtype, target.device, variant.storage)

@@ -98,8 +98,12 @@ def open_slice(
         An Engine with the demo's tokenizer; close it.
     """
     config = slice_config()
-    ops = make_ops(device, backend, attention, threads=threads, storage=storage)
-    dtype = torch.float32 if ops.storage else DTYPES[storage]
+    quantization = "fp8" if storage == "fp8" else ""
+    kept = "bfloat16" if quantization else storage  # of all that float8 leaves alone
+    ops = make_ops(
+        device, backend, attention, threads=threads, storage=kept, quantization=quantization
+    )
+    dtype = torch.float32 if ops.storage else DTYPES[kept]
     has_graphs = device.type == "cuda" and ops.backend == "triton"
     graphs = GraphCache(CudaCapture(device), DEFAULT_GRAPH_BYTES) if has_graphs else None
     model = LlavaOnevision(config, RandomWeights(config), ops, dtype, device, graphs)

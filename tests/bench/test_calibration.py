@@ -114,6 +114,8 @@ def test_machines_by_storage():
     assert Calibration("cpu", "native", 2, slow, {}).machine("int8").gflops == 150
     cuda = Limits({"copy": 4300.0}, bfloat16_gflops=790e3, launch_us=2.0)
     assert Calibration("cuda", "triton", 2, cuda, {}).machine("bfloat16").gflops == 790e3
+    float8 = Calibration("cuda", "triton", 2, cuda, {}).machine("fp8")
+    assert (float8.gflops, float8.attention_gflops) == (1580e3, 790e3)
 
 
 def test_slice_answers_and_layers_share_no_memory():

@@ -13,8 +13,6 @@ from ovfast.models.rope import rope_table
 from ovfast.ops import Ops, PackedLinear
 from ovfast.staging import to_device
 
-MLP_ROWS = 1024  # rows of a prefill's MLP at a time: 40 MB of float32 at 0.5B, 155 MB at 7B
-
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
@@ -204,8 +202,8 @@ class Qwen2:
         if len(rows) < len(hidden_states):
             hidden_states = _take_rows(hidden_states, rows)
         ops.add_linear(attended, layer.o_proj, hidden_states)
-        for first in range(0, len(rows), MLP_ROWS):
-            block = hidden_states[first : first + MLP_ROWS]
+        for first in range(0, len(rows), ops.mlp_rows):
+            block = hidden_states[first : first + ops.mlp_rows]
             x = ops.rms_norm(block, layer.post_attention_layernorm, eps)
             ops.add_linear(ops.gate_up(x, layer.gate_up_proj), layer.down_proj, block)
         return hidden_states

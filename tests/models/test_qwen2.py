@@ -1,5 +1,7 @@
 """What the language model promises beside parity: continuing, choosing rows, giving up, bits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -106,6 +108,14 @@ def test_decoding_equals_prefill(model, cache, logits):
     for position in range(290, NUM_TOKENS):
         out = model.decode(int(request.input_ids[position]), cache, slot)
         torch.testing.assert_close(out, logits[position], **CLOSE)
+
+
+@pytest.mark.parametrize("mlp_rows", [1, 7, 299, 300])
+def test_an_mlp_takes_some_rows_at_a_time(model, embeds, cache, logits, monkeypatch, mlp_rows):
+    language_model = model.language_model
+    monkeypatch.setattr(language_model, "_ops", replace(language_model._ops, mlp_rows=mlp_rows))
+    out = language_model.prefill(embeds, cache, cache.allocate(), 0, range(NUM_TOKENS))
+    torch.testing.assert_close(out, logits, **CLOSE)
 
 
 def test_inputs_are_not_written(model, embeds, cache):

@@ -79,6 +79,7 @@ def triton_fields(
         "fused_linear": _fused_linear,
         "layer_norm": layer_norm.layer_norm,
         "rms_norm": rms_norm.rms_norm,
+        "add_linear": _add_linear,
         "gate_up": partial(reference.gate_up, apply_silu_mul=silu_mul.silu_mul_pairs),
         "rope_and_store": _rope_and_store,
         "resample": resize.resample,
@@ -128,6 +129,12 @@ def float8_fields(device: torch.device, *, interpreting: bool) -> dict[str, Any]
         "head": partial(_float8_linear, dtype=torch.float32),
         "quantization": "fp8",
     }
+
+
+def _add_linear(x: Tensor, packed: PackedLinear, residual: Tensor) -> Tensor:
+    """One pass: the product's float32 sums meet the residual before the only rounding."""
+    assert packed.bias is None
+    return residual.addmm_(x, packed.weight.t())
 
 
 def _float8(packed: PackedLinear) -> PackedLinear:

@@ -15,7 +15,9 @@ import ovfast
 from ovfast import ops as ops_module
 from ovfast import reference, reference_pixels
 from ovfast.errors import BackendError, CheckpointError, OptionError
-from ovfast.ops import OPERATIONS, Ops, make_ops
+from ovfast.ops import OPERATIONS, Ops, PackedLinear, make_ops
+from tests.support.accuracy import assert_two_times_rule
+from tests.support.devices import requires_cuda
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -213,6 +215,28 @@ def test_flash_attn_has_no_float32(monkeypatch, flash_is_fastest, dtype):
     for allowed in ("auto", "bfloat16", "float16"):
         with pytest.raises(CheckpointError, match="no such directory"):
             ovfast.load("/no/such/model", dtype=allowed, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 41, 300])
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, requires_cuda])]
+)
+def test_adding_a_layer_rounds_once(device, rows, dtype):
+    """To rows of a longer residual stream, in place; its neighbours stay."""
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, before = (
+        torch.randn(shape, generator=generator).to(device, dtype)
+        for shape in ((rows, 96), (64, 96), (rows + 2, 64))
+    )
+    packed, stream = PackedLinear(weight, None), before.clone()
+    out = make_ops(CUDA, "triton").add_linear(x, packed, stream[1:-1])
+    assert out.data_ptr() == stream[1:-1].data_ptr()
+    plain = reference.add_linear(x, packed, before[1:-1].clone())
+    truth = before[1:-1].double() + reference.linear(x, weight, upcast=True)
+    assert_two_times_rule(out, plain, truth)
+    assert torch.equal(stream[[0, -1]], before[[0, -1]])
 
 
 @pytest.mark.parametrize(("offset_hw", "grid_hw"), [((0, 0), (1, 1)), ((3, 5), (2, 3))])

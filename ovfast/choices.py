@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 
 from ovfast.errors import BackendError, OptionError, PromptError
-from ovfast.model_inputs import ModelInputs
+from ovfast.model_inputs import ModelInputs, common_length
 from ovfast.outputs import ChoiceOutput, ScoreOutput
-from ovfast.scheduler import Loaded, Scheduler, common_length
+from ovfast.scheduler import Loaded, Scheduler
 from ovfast.scoring import likelihoods, score_output
 
 BRANCH_ROWS = 1024  # rows of options side by side in one step
@@ -76,7 +76,7 @@ def score_options(
     stem = min(min(common_length(full[0], ids), len(ids) - 1) for ids in full)
     start = scheduler.reuse(inputs, slot, num_prompt - 1)
     embeds = scheduler.embed(inputs, start)
-    found = scheduler.step(lambda loaded: _score_stem(loaded, slot, inputs, full, embeds, stem))
+    found = _score_stem(scheduler, slot, inputs, full, embeds, stem)
     for group in _groups(_branches([ids[stem:-1] for ids in full])):
         step = partial(_score_group, slot=slot, stem=stem, full=full, group=group)
         for option, rest in scheduler.step(step).items():
@@ -123,7 +123,7 @@ def _label_mass(scores: Sequence[ScoreOutput]) -> float:
 
 
 def _score_stem(
-    loaded: Loaded,
+    scheduler: Scheduler,
     slot: int,
     inputs: ModelInputs,
     full: Sequence[list[int]],
@@ -131,17 +131,24 @@ def _score_stem(
     stem: int,
 ) -> list[Found]:
     """Fills the slot with what all options have in common; scores that, and the token behind it."""
-    language_model, cache = loaded.model.language_model, loaded.cache
-    start, num_prompt = cache.lengths[slot], inputs.num_tokens
+    num_prompt = inputs.num_tokens
+    start = num_prompt - len(embeds)
     kept = common_length(inputs.input_ids, full[0])  # options may merge with the prompt's end
-    more = torch.tensor(full[0][kept:stem], dtype=torch.int64, device=embeds.device)
-    rows = torch.cat((embeds[: kept - start], language_model.embed(more)))
+    rows = embeds[: kept - start]
+    if kept < stem:
+        more = torch.tensor(full[0][kept:stem], dtype=torch.int64, device=embeds.device)
+        rows = scheduler.step(
+            lambda loaded: torch.cat((rows, loaded.model.language_model.embed(more)))
+        )
+
+    def read(loaded: Loaded, hidden: torch.Tensor) -> list[Found]:
+        common = list(enumerate(full[0][num_prompt:stem]))
+        pairs = common + [(len(hidden) - 1, ids[stem]) for ids in full]
+        found = likelihoods(loaded.model.language_model, hidden, pairs)
+        return [[*found[: len(common)], own] for own in found[len(common) :]]
+
     wanted = range(num_prompt - 1 - start, stem - start)
-    hidden = language_model.prefill_hidden(rows, cache, slot, start, wanted)
-    common = list(enumerate(full[0][num_prompt:stem]))
-    pairs = common + [(len(hidden) - 1, ids[stem]) for ids in full]
-    found = likelihoods(language_model, hidden, pairs)
-    return [[*found[: len(common)], own] for own in found[len(common) :]]
+    return scheduler.prefill(rows, scheduler.loaded().cache, slot, start, read, wanted)
 
 
 def _score_group(

@@ -42,7 +42,10 @@ def encode_media(
         scheduler.step(lambda loaded: store.add(handle, _reserve(loaded, store, inputs, handle)))
         embeds = scheduler.embed(inputs)
         held = handle.held()
-        scheduler.step(lambda loaded: _fill(loaded, held, inputs, embeds))
+        scheduler.step(lambda loaded: _fill(held, inputs, embeds))
+        if held.prefix is not None:
+            rows = embeds[: held.prefix.max_positions]
+            scheduler.prefill(rows, held.prefix, 0, 0, lambda *_: None, positions_wanted=())
     except BaseException:  # the error's traceback may keep the handle for long
         handle.release()
         raise
@@ -87,9 +90,6 @@ def _reserve(
         ) from error
 
 
-def _fill(loaded: Loaded, held: Held, inputs: ModelInputs, embeds: torch.Tensor) -> None:
+def _fill(held: Held, inputs: ModelInputs, embeds: torch.Tensor) -> None:
     for span, first in inputs.feature_rows:
         held.features[first : first + span.end - span.start] = embeds[span.start : span.end]
-    if held.prefix is not None:
-        rows = embeds[: held.prefix.max_positions]
-        loaded.model.language_model.prefill_hidden(rows, held.prefix, 0)

@@ -1,5 +1,6 @@
 """What the processor hands to the model: one laid-out request."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +12,7 @@ from ovfast.encoded_media import EncodedMedia
 from ovfast.image import build_media_views
 from ovfast.reference_pixels import UInt8Array
 
-__all__ = ["ModelInputs", "VisualSpan"]
+__all__ = ["ModelInputs", "VisualSpan", "common_length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,3 +101,12 @@ class ModelInputs:
         for span, first in self.feature_rows:
             sources[span.start : span.end] = -1 - np.arange(first, first + span.end - span.start)
         return sources
+
+
+def common_length(
+    left: Sequence[int] | NDArray[np.int64], right: Sequence[int] | NDArray[np.int64]
+) -> int:
+    """Length of the longest common prefix."""
+    size = min(len(left), len(right))
+    differs = np.flatnonzero(np.asarray(left[:size]) != np.asarray(right[:size]))
+    return int(differs[0]) if len(differs) else size

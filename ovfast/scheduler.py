@@ -1,6 +1,7 @@
 """The step loop: slots, admission, prefill and decoding, driven by whichever threads want tokens.
 
-A step is what runs under the lock: one picture, one prefill, or one token of every active request.
+A step is what runs under the lock: one picture, one chunk of a prefill, or one token of every
+active request.
 Each thread steps for itself and finds what other threads' steps have made for it.
 
 Ctrl-C may raise in the main thread between any two instructions, also while it steps for others;
@@ -15,17 +16,16 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ovfast.clock import Mark, mark
 from ovfast.errors import BackendError, CapacityError
 from ovfast.home_stream import HomeStream
 from ovfast.kv_cache import KVCache
-from ovfast.model_inputs import ModelInputs
+from ovfast.model_inputs import ModelInputs, common_length
 from ovfast.models.llava_onevision import LlavaOnevision, Part
 from ovfast.out_of_memory import capacity_error
 from ovfast.outputs import StreamChunk
@@ -36,7 +36,6 @@ from ovfast.runner import DecodeRunner, StepResult
 WAIT_S = 1.0
 
 T = TypeVar("T")
-IntArray = NDArray[np.int64]
 
 
 class Loaded(NamedTuple):
@@ -188,6 +187,52 @@ class Scheduler:
             self.step(_encoding(inputs, part, embeds))
         return embeds
 
+    def prefill(
+        self,
+        embeds: torch.Tensor,
+        cache: KVCache,
+        slot: int,
+        start: int,
+        finish: Callable[[Loaded, torch.Tensor], T],
+        positions_wanted: Sequence[int] | None = None,
+    ) -> T:
+        """Fills a slot with rows, a step for each chunk of them: others' tokens pass between.
+
+        Args:
+            embeds: (num_tokens, hidden_size), at least one row.
+            cache: the engine's, or that of a handle.
+            slot: the caller's own; what it holds from `start` on is forgotten.
+            start: position of the first row.
+            finish: called in the last step with the rows for the head, (rows wanted, hidden_size).
+            positions_wanted: rows of embeds, ascending; None means the last one.
+
+        Returns:
+            What `finish` returns.
+
+        Raises:
+            CapacityError: the slot is too short; nothing has run.
+        """
+        num_tokens = len(embeds)
+        wanted = [num_tokens - 1] if positions_wanted is None else positions_wanted
+        hidden: list[torch.Tensor] = []
+
+        def fill(loaded: Loaded, rows: range) -> None:
+            own = [row - rows.start for row in wanted if row in rows]
+            part, first = embeds[rows.start : rows.stop], start + rows.start
+            language_model = loaded.model.language_model
+            hidden.append(language_model.prefill_hidden(part, cache, slot, first, own))
+
+        def fill_last(loaded: Loaded) -> T:
+            fill(loaded, chunks[-1])
+            return finish(loaded, hidden[0] if len(hidden) == 1 else torch.cat(hidden))
+
+        chunks = self.loaded().model.language_model.chunks(start, num_tokens)
+        cache.truncate(slot, start)
+        cache.check_room(slot, num_tokens)
+        for rows in chunks[:-1]:
+            self.step(partial(fill, rows=rows))
+        return self.step(fill_last)
+
     def run(self, requests: Sequence[Request]) -> None:
         """Runs requests to their ends, as many at a time as slots are free."""
         call = Call(threading.get_ident())
@@ -234,26 +279,27 @@ class Scheduler:
         slot = self._take_slot(call, inputs, wait=wait)
         if slot is None:
             return False
-        device = self.loaded().model.device
+        device, cache = self.loaded().model.device, self.loaded().cache
         started = mark(device)
         request.cached_tokens = self.reuse(inputs, slot, inputs.num_tokens - 1)
         embeds = self.embed(inputs, request.cached_tokens)
-        embedded = mark(device)
-        self.step(lambda loaded: self._prefill(loaded, request, slot, embeds, started, embedded))
+        marks = (started, mark(device))
+        begin = partial(self._begin, request=request, slot=slot, marks=marks)
+        self.prefill(embeds, cache, slot, request.cached_tokens, begin)
         return True
 
-    def _prefill(
+    def _begin(
         self,
         loaded: Loaded,
+        hidden: torch.Tensor,
+        *,
         request: Request,
         slot: int,
-        embeds: torch.Tensor,
-        started: Mark,
-        embedded: Mark,
+        marks: tuple[Mark, Mark],
     ) -> None:
-        start = request.cached_tokens
-        logits = loaded.model.language_model.prefill(embeds, loaded.cache, slot, start)[0]
-        request.stages = (started, embedded, mark(loaded.model.device))
+        """Lets a request decode whose prompt is in the cache."""
+        logits = loaded.model.language_model.logits(hidden)[0]
+        request.stages = (*marks, mark(loaded.model.device))
         loaded.runner.admit(slot, request.slot_state(logits))
         self._requests[slot] = request
 
@@ -344,13 +390,6 @@ class Scheduler:
             freed = True
         if freed:
             self._changed.notify_all()
-
-
-def common_length(left: Sequence[int] | IntArray, right: Sequence[int] | IntArray) -> int:
-    """Length of the longest common prefix."""
-    size = min(len(left), len(right))
-    differs = np.flatnonzero(np.asarray(left[:size]) != np.asarray(right[:size]))
-    return int(differs[0]) if len(differs) else size
 
 
 def _encoding(inputs: ModelInputs, part: Part, embeds: torch.Tensor) -> Callable[[Loaded], object]:

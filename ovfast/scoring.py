@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from ovfast.errors import CapacityError, PromptError
-from ovfast.model_inputs import ModelInputs
+from ovfast.model_inputs import ModelInputs, common_length
 from ovfast.models.qwen2 import Qwen2
 from ovfast.outputs import ScoreOutput
 from ovfast.processor import Processor
-from ovfast.scheduler import Loaded, Scheduler, common_length
+from ovfast.scheduler import Loaded, Scheduler
 
 LOGIT_ROWS = 64  # rows through the head at a time: 39 MB of float32 at 152 000 ids
 
@@ -63,7 +63,7 @@ def continuation_ids(
 def score_continuations(
     scheduler: Scheduler, slot: int, inputs: ModelInputs, full: Sequence[list[int]]
 ) -> list[ScoreOutput]:
-    """Scores continuations of one laid-out prompt; a step for the prompt and one for each.
+    """Scores continuations of one laid-out prompt, over one prefill of what they share.
 
     Args:
         scheduler: of the engine.
@@ -74,23 +74,27 @@ def score_continuations(
     Returns:
         One ScoreOutput a continuation. Logits are not masked; log-softmax in float32.
     """
-    prompt_ids = inputs.input_ids.tolist()
+    prompt_ids, num_prompt = inputs.input_ids.tolist(), inputs.num_tokens
     shared = min([len(prompt_ids) - 1] + [common_length(prompt_ids, ids) for ids in full])
     start = scheduler.reuse(inputs, slot, shared)
     embeds = scheduler.embed(inputs, start)
     first, rest = embeds[: shared - start], embeds[shared - start :]
-
-    def prefill(loaded: Loaded) -> None:
-        loaded.model.language_model.prefill_hidden(first, loaded.cache, slot, start)
-
-    def score(ids: list[int]) -> ScoreOutput:
-        return scheduler.step(
-            lambda loaded: _score_one(loaded, slot, shared, rest, prompt_ids, ids)
-        )
-
+    tails = scheduler.step(lambda loaded: _tails(loaded, rest, shared, prompt_ids, full))
+    cache = scheduler.loaded().cache
     if len(first):
-        scheduler.step(prefill)
-    return [score(ids) for ids in full]
+        scheduler.prefill(first, cache, slot, start, lambda *_: None, positions_wanted=())
+
+    def score(ids: list[int], tail: torch.Tensor) -> ScoreOutput:
+        own = ids[num_prompt:]
+
+        def read(loaded: Loaded, hidden: torch.Tensor) -> ScoreOutput:
+            pairs = list(enumerate(own))
+            return score_output(own, likelihoods(loaded.model.language_model, hidden, pairs))
+
+        wanted = range(num_prompt - 1 - shared, len(tail))
+        return scheduler.prefill(tail, cache, slot, shared, read, wanted)
+
+    return [score(ids, tail) for ids, tail in zip(full, tails, strict=True)]
 
 
 def empty_logits(num_rows: int, vocab_size: int, device: torch.device) -> torch.Tensor:
@@ -115,7 +119,7 @@ def fill_logits(
     wanted: Sequence[int],
     logits: torch.Tensor,
 ) -> None:
-    """Computes the logits of some positions of a prompt; a step beside those of its pictures.
+    """Computes the logits of some positions of a prompt.
 
     Args:
         scheduler: of the engine.
@@ -131,14 +135,12 @@ def fill_logits(
     embeds = scheduler.embed(inputs, start)
     own = [position - start for position in distinct]
 
-    def fill(loaded: Loaded) -> None:
-        language_model = loaded.model.language_model
-        hidden = language_model.prefill_hidden(embeds, loaded.cache, slot, start, own)
+    def fill(loaded: Loaded, hidden: torch.Tensor) -> None:
         for first in range(0, len(wanted), LOGIT_ROWS):
             block = slice(first, first + LOGIT_ROWS)
-            logits[block] = language_model.logits(hidden[rows[block]])
+            logits[block] = loaded.model.language_model.logits(hidden[rows[block]])
 
-    scheduler.step(fill)
+    scheduler.prefill(embeds, scheduler.loaded().cache, slot, start, fill, own)
 
 
 def likelihoods(
@@ -175,24 +177,18 @@ def score_output(token_ids: Sequence[int], found: Sequence[tuple[float, bool]]) 
     return ScoreOutput(total, total / len(logprobs), tuple(token_ids), logprobs, greedy)
 
 
-def _score_one(
+def _tails(
     loaded: Loaded,
-    slot: int,
+    rest: torch.Tensor,
     shared: int,
-    embeds: torch.Tensor,
     prompt_ids: list[int],
-    ids: list[int],
-) -> ScoreOutput:
-    """Scores ids after the prompt's; the cache holds the first `shared` of them, `embeds` the rest
-    of the prompt.
-    """
-    cache, language_model = loaded.cache, loaded.model.language_model
-    cache.truncate(slot, shared)
-    num_prompt = len(prompt_ids)
-    common = common_length(prompt_ids, ids)
-    tail = torch.tensor(ids[common:-1], dtype=torch.int64, device=embeds.device)
-    rows = torch.cat((embeds[: common - shared], language_model.embed(tail)))
-    wanted = list(range(num_prompt - 1 - shared, len(ids) - 1 - shared))
-    hidden = language_model.prefill_hidden(rows, cache, slot, shared, wanted)
-    own = ids[num_prompt:]
-    return score_output(own, likelihoods(language_model, hidden, list(enumerate(own))))
+    full: Sequence[list[int]],
+) -> list[torch.Tensor]:
+    """Rows of each continuation from `shared` on, without its last; `rest` are the prompt's."""
+    tails = []
+    for ids in full:
+        common = common_length(prompt_ids, ids)
+        tokens = torch.tensor(ids[common:-1], dtype=torch.int64, device=rest.device)
+        own = loaded.model.language_model.embed(tokens)
+        tails.append(torch.cat((rest[: common - shared], own)))
+    return tails

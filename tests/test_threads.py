@@ -126,7 +126,7 @@ def test_an_error_in_one_request_is_not_its_neighbours(
 def test_an_error_in_prefill_or_in_a_batch(eager: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = eager
     expected = tokens_of(engine, "three_images")
-    for owner, name in ((SiglipTower, "encode"), (Qwen2, "prefill"), (Qwen2, "decode")):
+    for owner, name in ((SiglipTower, "encode"), (Qwen2, "prefill_hidden"), (Qwen2, "decode")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, raise_at(getattr(owner, name), 3, ValueError("broken")))
             with pytest.raises(ValueError, match="broken"):
@@ -159,7 +159,9 @@ def raise_at(function: Callable[..., Any], call: int, error: BaseException) -> C
     return wrapped
 
 
-@pytest.mark.parametrize("operation", ["_attend", "_run_layer", "decode", "prefill", "embed"])
+@pytest.mark.parametrize(
+    "operation", ["_attend", "_run_layer", "decode", "prefill_hidden", "embed"]
+)
 @pytest.mark.parametrize("call", [1, 2, 4, 7])
 def test_ctrl_c_in_an_operation(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, operation: str, call: int

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,6 +55,23 @@ class Qwen2:
             out: (num_tokens, hidden_size), written in place if given.
         """
         return self._ops.embed(self.embedding, input_ids, out)
+
+    def chunks(self, start: int, num_tokens: int) -> list[range]:
+        """Rows of inputs_embeds that are prefilled together, so that memory is bounded.
+
+        A cut is at a multiple of `prefill_chunk`, wherever the prompt begins to be new, unless it
+        would leave few rows on a side: they would read all weights for themselves, and a single one
+        would be attended as a token that is decoded, which int8 weights make another arithmetic.
+
+        Args:
+            start: position of the first row.
+            num_tokens: rows, at least one.
+        """
+        size = self._ops.prefill_chunk
+        cuts = range(size - start % size, num_tokens, size)
+        few = size // 8
+        kept = [cut for cut in cuts if few <= cut <= num_tokens - few]
+        return [range(*edges) for edges in pairwise([0, *kept, num_tokens])]
 
     def prefill(
         self,
@@ -199,6 +217,8 @@ class Qwen2:
             )
         else:
             attended = self._attend(qkv, rope, layer_cache, start, rows)
+        if not rows:
+            return hidden_states[:0].clone()  # a view would keep all rows
         if len(rows) < len(hidden_states):
             hidden_states = _take_rows(hidden_states, rows)
         ops.add_linear(attended, layer.o_proj, hidden_states)
@@ -220,6 +240,8 @@ class Qwen2:
         num_heads, num_kv_heads, num_tokens = config.num_heads, config.num_kv_heads, len(qkv)
         cos, sin = (table[:num_tokens] for table in rope)
         q = ops.rope_and_store(qkv, cos, sin, k_cache, v_cache, start, num_heads, num_kv_heads)
+        if not rows:
+            return q[:0].flatten(1)
         stop = start + num_tokens
         k, v = k_cache[:, :stop], v_cache[:, :stop]
         if len(rows) == 1 and rows[0] == num_tokens - 1:
@@ -244,7 +266,8 @@ def _wanted_rows(wanted: Sequence[int] | Tensor | None, num_tokens: int) -> Sequ
     rows = [int(row) for row in (wanted.tolist() if isinstance(wanted, Tensor) else wanted)]
     assert all(0 <= row < num_tokens for row in rows)
     assert rows == sorted(set(rows))
-    return range(num_tokens) if len(rows) == num_tokens else rows
+    is_range = bool(rows) and rows[-1] - rows[0] == len(rows) - 1
+    return range(rows[0], rows[-1] + 1) if is_range else rows
 
 
 def _load_layer(config: TextConfig, loader: Loader, index: int) -> _Layer:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ovfast.anyres import VisualOptions, VisualPlan
 from ovfast.encoded_media import EncodedMedia
@@ -89,6 +90,17 @@ class ModelInputs:
             rows.append((span, first))
             first += span.end - span.start
         return rows
+
+    def held_rows(self, start: int) -> list[tuple[int, Tensor]]:
+        """Visual rows of the handle from position `start` on: where behind it, and which."""
+        assert self.encoded is not None
+        features, placed = self.encoded.held().features, []
+        for span, first in self.feature_rows:
+            if span.end > start:
+                behind = max(start - span.start, 0)
+                rows = features[first + behind : first + span.end - span.start]
+                placed.append((span.start + behind - start, rows))
+        return placed
 
     @property
     def sources(self) -> NDArray[np.int64]:

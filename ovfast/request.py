@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ class Request:
         pending: chunks made and not yet taken.
         finish_reason: set with the last chunk.
         error: what ended the request instead of a last chunk.
-        stages: when encoding began, when it ended, and when the prompt was in the cache.
+        stages: when encoding began and ended, when the prefill began and ended.
         cached_tokens: prompt positions that a handle held.
     """
 
@@ -61,7 +61,7 @@ class Request:
         self.pending: deque[StreamChunk] = deque()
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
-        self.stages: tuple[Mark, Mark, Mark] | None = None
+        self.stages: tuple[Mark, Mark, Mark, Mark] | None = None
         self.cached_tokens = 0
         self._stop_ids, self._max_new_tokens = frozenset(stop_ids), max_new_tokens
         self._decoder, self._stops = decoder, StopStrings(params.stop)
@@ -156,10 +156,10 @@ class Request:
     def _read_stages(self) -> None:
         """Only now: the first token is on the host, so nothing has to be waited for."""
         if self.stages is not None:
-            started, embedded, prefilled = self.stages
+            started, embedded, begun, prefilled = self.stages
             if self.inputs.num_views:
                 self.timings.vision_ms = elapsed_ms(started, embedded)
-            self.timings.prefill_ms = elapsed_ms(embedded, prefilled)
+            self.timings.prefill_ms = elapsed_ms(begun, prefilled)
 
     def _match_stops(self, text: str) -> tuple[str, bool]:
         """Stop strings count only after `min_new_tokens`; text before that passes unmatched."""
@@ -173,3 +173,16 @@ class Request:
         if num_steps:
             timings.decode_ms = milliseconds_since(self._first_token_at)
             timings.tpot_ms = timings.decode_ms / num_steps
+
+
+def side_by_side(requests: Iterable[Request], num_views: int) -> list[Request]:
+    """The first request, and those behind it whose views make at most `num_views` with its own."""
+    found, left = list[Request](), num_views
+    for request in requests:
+        left -= request.inputs.num_views
+        if found and left < 0:
+            break
+        found.append(request)
+        if request.inputs.num_views == 0:
+            return found[:-1] or found  # without views it has nothing to share
+    return found

@@ -29,7 +29,7 @@ from ovfast.model_inputs import ModelInputs, common_length
 from ovfast.models.llava_onevision import LlavaOnevision, Part
 from ovfast.out_of_memory import capacity_error
 from ovfast.outputs import StreamChunk
-from ovfast.request import Request
+from ovfast.request import Request, side_by_side
 from ovfast.runner import DecodeRunner, StepResult
 
 # A waiting thread looks again after so long: an interrupt may have cut the call that wakes it.
@@ -171,14 +171,7 @@ class Scheduler:
             (num_tokens - start, hidden_size).
         """
         if inputs.encoded is not None:
-            features = inputs.encoded.held().features
-            placed = []
-            for span, first in inputs.feature_rows:
-                if span.end > start:
-                    behind = max(start - span.start, 0)
-                    rows = features[first + behind : first + span.end - span.start]
-                    placed.append((span.start + behind - start, rows))
-            ids = inputs.input_ids[start:]
+            ids, placed = inputs.input_ids[start:], inputs.held_rows(start)
             return self.step(lambda loaded: loaded.model.place(ids, placed))
         assert start == 0
         model = self.loaded().model
@@ -238,9 +231,10 @@ class Scheduler:
         call = Call(threading.get_ident())
         waiting, active = deque(requests), list[Request]()
         try:
+            num_views = self.loaded().model.views_a_step
             while waiting or active:
-                while waiting and self._admit(waiting[0], call, wait=not active):
-                    active.append(waiting.popleft())
+                while num := self._admit(side_by_side(waiting, num_views), call, wait=not active):
+                    active += [waiting.popleft() for _ in range(num)]
                 active = [r for r in active if self._next_chunk(r).output is None]
         finally:
             call.ended = True
@@ -250,7 +244,7 @@ class Scheduler:
         """Runs one request, a chunk at a time; closing or dropping the generator frees its slot."""
         call = Call(threading.get_ident())
         try:
-            self._admit(request, call, wait=True)
+            self._admit([request], call, wait=True)
             chunk = None
             while chunk is None or chunk.output is None:
                 chunk = self._next_chunk(request)
@@ -273,29 +267,41 @@ class Scheduler:
             call.ended = True
             self._collect_now()
 
-    def _admit(self, request: Request, call: Call, *, wait: bool) -> bool:
-        """Gives a request a slot and prefills it; False if none is free and `wait` is not set."""
-        inputs = request.inputs
-        slot = self._take_slot(call, inputs, wait=wait)
-        if slot is None:
-            return False
+    def _admit(self, requests: Sequence[Request], call: Call, *, wait: bool) -> int:
+        """Gives requests slots, encodes their views together and prefills them.
+
+        Returns how many there were slots for: 0 only if `wait` is not set.
+        """
+        slots = list[int]()
+        for request in requests:
+            slot = self._take_slot(call, request.inputs, wait=wait and not slots)
+            if slot is None:
+                break
+            slots.append(slot)
+        if not slots:
+            return 0
         device, cache = self.loaded().model.device, self.loaded().cache
         started = mark(device)
-        request.cached_tokens = self.reuse(inputs, slot, inputs.num_tokens - 1)
-        embeds = self.embed(inputs, request.cached_tokens)
-        marks = (started, mark(device))
-        begin = partial(self._begin, request=request, slot=slot, marks=marks)
-        self.prefill(embeds, cache, slot, request.cached_tokens, begin)
-        return True
+        several = [request.inputs for request in requests[: len(slots)]]
+        if len(several) > 1:
+            embeds = self.step(lambda loaded: loaded.model.build_together(several))
+        else:
+            cached = self.reuse(several[0], slots[0], several[0].num_tokens - 1)
+            requests[0].cached_tokens = cached
+            embeds = [self.embed(several[0], cached)]
+        embedded = mark(device)
+        for request, slot, rows in zip(requests, slots, embeds, strict=False):
+            begin = partial(self._begin, request, slot, (started, embedded, mark(device)))
+            self.prefill(rows, cache, slot, request.cached_tokens, begin)
+        return len(slots)
 
     def _begin(
         self,
-        loaded: Loaded,
-        hidden: torch.Tensor,
-        *,
         request: Request,
         slot: int,
-        marks: tuple[Mark, Mark],
+        marks: tuple[Mark, Mark, Mark],
+        loaded: Loaded,
+        hidden: torch.Tensor,
     ) -> None:
         """Lets a request decode whose prompt is in the cache."""
         logits = loaded.model.language_model.logits(hidden)[0]

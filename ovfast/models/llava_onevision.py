@@ -101,6 +101,11 @@ class LlavaOnevision:
         """Rows of the embedding."""
         return self.language_model.vocab_size
 
+    @property
+    def views_a_step(self) -> int:
+        """Views that the tower encodes at once."""
+        return self._ops.views_a_step
+
     def new_cache(self, *, num_slots: int, max_positions: int) -> KVCache:
         """A cache for this model."""
         return KVCache(
@@ -153,27 +158,29 @@ class LlavaOnevision:
             The tower's features (num_views · tokens_per_view, vision_hidden_size) of the part's
             pictures; None for text alone.
         """
-        ids = inputs.input_ids[part.start : part.stop]
-        token_ids = to_device(torch.from_numpy(ids.astype(np.int32)), self.device)
-        rows = inputs_embeds[part.start : part.stop]
+        token_ids, rows = self._token_ids(inputs, part), inputs_embeds[part.start : part.stop]
         if not part.spans:
             self.language_model.embed(token_ids, out=rows)
             return None
-        features = self.vision_tower.encode(self._pixels(inputs, part), poll)
-        tokens = self.config.vision.tokens_per_view
-        placed, first_feature = [], 0
-        for span in part.spans:
-            plan = inputs.plans[span.plan_index]
-            placed.append((span.start - part.start, first_feature, plan.table))
-            first_feature += plan.num_views * tokens
-        self.multi_modal_projector.project_and_pack(
-            features,
-            row_table(len(rows), tuple(placed)),
-            token_ids,
-            self.language_model.embedding,
-            rows,
-        )
+        features = self.vision_tower.encode(self._pixels([(inputs, part)]), poll)
+        self._project(inputs, part, token_ids, features, rows)
         return features
+
+    def build_together(self, several: Sequence[Inputs]) -> list[Tensor]:
+        """As `build_inputs_embeds`, of requests with pictures; their views are encoded together."""
+        wholes = [
+            (inputs, Part(tuple(inputs.spans), 0, len(inputs.input_ids))) for inputs in several
+        ]
+        token_ids = [self._token_ids(*whole) for whole in wholes]
+        features = self.vision_tower.encode(self._pixels(wholes))
+        tokens = self.config.vision.tokens_per_view
+        sizes = [tokens * sum(plan.num_views for plan in inputs.plans) for inputs in several]
+        built = [self.new_inputs_embeds(inputs) for inputs in several]
+        for whole, ids, own, rows in zip(
+            wholes, token_ids, torch.split(features, sizes), built, strict=True
+        ):
+            self._project(*whole, ids, own, rows)
+        return built
 
     def place(self, input_ids: NDArray[np.int64], features: Sequence[tuple[int, Tensor]]) -> Tensor:
         """Rows of text, with visual rows that were encoded before among them.
@@ -191,14 +198,43 @@ class LlavaOnevision:
             rows[first : first + len(own)] = own
         return rows
 
-    def _pixels(self, inputs: Inputs, part: Part) -> Pixels:
-        """The views of a part's pictures, whose plans stand side by side."""
-        first, last = part.spans[0].plan_index, part.spans[-1].plan_index + 1
-        if self._ops.reads_pictures and inputs.media:
-            return self._pixel_loader.load(inputs.media[first:last], inputs.plans[first:last])
-        counts = [plan.num_views for plan in inputs.plans]
-        views = inputs.views[sum(counts[:first]) : sum(counts[:last])]
-        return view_pixels(views, self.device)
+    def _token_ids(self, inputs: Inputs, part: Part) -> Tensor:
+        ids = inputs.input_ids[part.start : part.stop].astype(np.int32)
+        return to_device(torch.from_numpy(ids), self.device)
+
+    def _project(
+        self, inputs: Inputs, part: Part, token_ids: Tensor, features: Tensor, rows: Tensor
+    ) -> None:
+        """Fills the rows of a part whose views have been encoded."""
+        tokens = self.config.vision.tokens_per_view
+        placed, first_feature = [], 0
+        for span in part.spans:
+            plan = inputs.plans[span.plan_index]
+            placed.append((span.start - part.start, first_feature, plan.table))
+            first_feature += plan.num_views * tokens
+        self.multi_modal_projector.project_and_pack(
+            features,
+            row_table(len(rows), tuple(placed)),
+            token_ids,
+            self.language_model.embedding,
+            rows,
+        )
+
+    def _pixels(self, parts: Sequence[tuple[Inputs, Part]]) -> Pixels:
+        """The views of parts' pictures; those of a part have their plans side by side."""
+        media, plans, views = list[NDArray[np.uint8]](), list[VisualPlan](), []
+        on_device = self._ops.reads_pictures and all(inputs.media for inputs, _ in parts)
+        for inputs, part in parts:
+            own = slice(part.spans[0].plan_index, part.spans[-1].plan_index + 1)
+            if on_device:
+                media += inputs.media[own]
+                plans += inputs.plans[own]
+            else:
+                counts = [plan.num_views for plan in inputs.plans]
+                views.append(inputs.views[sum(counts[: own.start]) : sum(counts[: own.stop])])
+        if on_device:
+            return self._pixel_loader.load(media, plans)
+        return view_pixels(views[0] if len(views) == 1 else np.concatenate(views), self.device)
 
     def build_inputs_embeds(self, inputs: Inputs, poll: Callable[[], None] | None = None) -> Tensor:
         """Text and visual rows of a request: (num_tokens, hidden_size).

@@ -165,6 +165,17 @@ def test_groups_of_views_and_parts_do_not_change_the_result(
     assert_same(ours.build_inputs_embeds(request), whole)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize(("device", "dtype"), quick_kernel_params())
+def test_requests_together_are_requests_alone(random_checkpoint, device, dtype):
+    ours = load(random_checkpoint(TINY), device, dtype)
+    parts = [Text(2), Image(56, 50), Text(1)], [Video(1)], [Image(28, 50), Text(3), Image(50, 28)]
+    requests = [make_request(each, ours.config) for each in parts]
+    together = ours.build_together(requests)
+    for request, rows in zip(requests, together, strict=True):
+        assert_same(rows, ours.build_inputs_embeds(request))
+
+
 # 1 and 2: tiles of few views; 5, 7: common pictures; 37: the most.
 @requires_cuda
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,13 +137,13 @@ def test_all_that_an_engine_does(tiny_checkpoint: Path, fake: FakeDevice, rows: 
 
             state.release = check_release
         seen: list[str] = []
-        prefill = loaded.model.language_model.prefill
+        prefill = loaded.model.language_model.prefill_hidden
 
-        def check_prefill(*args: object) -> torch.Tensor:
+        def check_prefill(*args: Any, **options: Any) -> torch.Tensor:
             seen.append(fake.current.name)
-            return prefill(*args)
+            return prefill(*args, **options)
 
-        loaded.model.language_model.prefill = check_prefill
+        loaded.model.language_model.prefill_hidden = check_prefill
 
         def ask(name: str) -> tuple[int, ...]:
             with fake.use(fake.streams[name]):

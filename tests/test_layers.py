@@ -19,6 +19,8 @@ LAYERS = (
         "resize_table",
         "staging",
         "cuda_graphs",
+        "home_stream",
+        "out_of_memory",
         "clock",
         "cpu_threads",
         "storage",

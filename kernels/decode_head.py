@@ -22,6 +22,7 @@ from ovfast.kernels.decode_tiles import (
     check_tensor,
     check_weight,
     normed_product,
+    tile_dtype,
     weight_tile,
 )
 
@@ -102,8 +103,9 @@ def _embed_rows_kernel(
 def head_config(hidden_size: int, dtype: torch.dtype) -> Blocks:
     """Picks the blocks of the head; not yet measured on a device.
 
-    64 ids a program, since every program reads the residual twice from L2; two tiles of 16 KB are
-    in flight a program. BLOCK_N is the same for all, so that `head_blocks` needs V alone.
+    64 ids a program, since every program reads the residual twice from L2; two tiles of 16 KB, in
+    float8 of 8, are in flight a program. BLOCK_N is the same for all, so that `head_blocks` needs V
+    alone.
 
     Args:
         hidden_size: columns of the weight.
@@ -166,7 +168,7 @@ def decode_head(
     check_tensor("forbidden", forbidden, (vocab_size,), torch.int8, device)
     check_tensor("block_max", block_max, (ROWS, num_blocks), torch.float32, device)
     check_tensor("block_argmax", block_argmax, (ROWS, num_blocks), torch.int32, device)
-    blocks = head_config(hidden_size, weight.dtype)
+    blocks = head_config(hidden_size, tile_dtype(weight, norm_weight.dtype))
     # Without the guard Triton launches on device 0; on CPU tensors it does nothing.
     with torch.cuda.device_of(weight):
         _decode_head_kernel[(num_blocks,)](

@@ -3,7 +3,8 @@
 Layout: gate_up's rows are interleaved once by `pack_gate_up_rows` (gate 0, up 0, gate 1, …), so
 that a program holds both factors. mlp (16, I). down's product is cut along K into partials
 (S, 16, H) float32, which the next projection adds in order. Dtypes: weights and mlp float32,
-float16 or bfloat16, all the same; residuals and partials float32. Roundings are upstream's: the
+float16 or bfloat16, all the same, or a weight in float8 with scales; residuals and partials
+float32. Roundings are upstream's: the
 normalised value, its product with the norm's weight, gate, up, silu, and the product; down's sum
 stays float32.
 
@@ -30,6 +31,7 @@ from ovfast.kernels.decode_tiles import (
     split_tiles,
     store_partial,
     store_residual,
+    tile_dtype,
     weight_tile,
 )
 
@@ -204,7 +206,7 @@ def decode_gate_up(
         raise ValueError(f"weight has {weight.shape[0]} rows; expected gate and up, 2 · I")
     intermediate_size = weight.shape[0] // 2
     check_tensor("mlp", mlp, (ROWS, intermediate_size), norm_weight.dtype, weight.device)
-    blocks = gate_up_config(weight.shape[1], weight.dtype)
+    blocks = gate_up_config(weight.shape[1], tile_dtype(weight, norm_weight.dtype))
     # Without the guard Triton launches on device 0; on CPU tensors it does nothing.
     with torch.cuda.device_of(weight):
         _decode_gate_up_kernel[(triton.cdiv(weight.shape[0], blocks.BLOCK_N),)](

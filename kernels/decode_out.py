@@ -4,8 +4,9 @@ Layout: attention leaves, for each row, head and split of SPLIT positions, acc (
 max_splits, head_dim), unnormalised, with its maximum m in the log2 domain and its sum l, both
 (16, num_heads, max_splits); all float32. Row r has position[r] // SPLIT + 1 splits; what lies
 behind them is not read. A program combines the heads of its columns of the weight (H, num_heads ·
-head_dim), in the order of the splits, rounds to the weight's dtype (float32, float16 or bfloat16)
-and leaves a partial sum in partials (S, 16, H) float32. A row with slot -1 is zero.
+head_dim), in the order of the splits, rounds to the weight's dtype (float32, float16 or bfloat16,
+or beside float8 to a given one) and leaves a partial sum in partials (S, 16, H) float32. A row with
+slot -1 is zero.
 
 The maximum is taken along the way, as in the attention itself: a split behind a row's last changes
 neither maximum, sum nor values, so a row's bits do not depend on a longer one beside it.

@@ -4,9 +4,10 @@ Layout: the weight's rows and the bias are permuted once by `pack_qkv_rows`, so 
 BLOCK_N rows holds both members of each rotated pair (i, i + head_dim / 2) of one head. q and the
 caches are written in the standard order: q (16, num_heads · head_dim), one layer's caches
 (num_slots, num_kv_heads, max_positions, head_dim) at positions[r] of slots[r]. A row with slot -1
-writes neither. Dtypes: weights, tables, q and caches float32, float16 or bfloat16, all the same;
-residuals and partials float32. Roundings are upstream's: the normalised value, its product with
-the norm's weight, the projection, and every product and sum of rope.
+writes neither. Dtypes: weights, tables, q and caches float32, float16 or bfloat16, all the same, or
+a weight in float8 with scales; residuals and partials float32. Roundings are upstream's: the
+normalised value, its product with the norm's weight, the projection, and every product and sum of
+rope.
 
 Roofline: memory, each weight read once a step. 1152 × 896 in half precision are 2.1 MB, 0.5 µs at
 4.2 TB/s, so launch and latency weigh more; 10240 × 8192 are 168 MB, 40 µs.
@@ -26,6 +27,7 @@ from ovfast.kernels.decode_tiles import (
     check_tensor,
     normed_product,
     store_residual,
+    tile_dtype,
     weight_tile,
 )
 
@@ -116,7 +118,7 @@ def launch_config(hidden_size: int, head_dim: int, dtype: torch.dtype) -> Blocks
     """Picks the blocks; not yet measured on a device.
 
     Up to 1024 columns are one tile, loaded whole before the wait: 72 programs of 28 KB at 0.5B.
-    Above, two tiles of 16 KB are in flight a program: 144 programs at 7B, 320 at 72B.
+    Above, two tiles of 16 KB (float8: 8) are in flight a program: 144 programs at 7B, 320 at 72B.
 
     Args:
         hidden_size: columns of the weight.
@@ -212,7 +214,7 @@ def decode_qkv(
     dtype = norm_weight.dtype
     _check_tables(weight, dtype, tables, q, k_cache, v_cache, num_heads, num_kv_heads, head_dim)
     num_weights, hidden_size = weight.shape
-    blocks = launch_config(hidden_size, head_dim, weight.dtype)
+    blocks = launch_config(hidden_size, head_dim, tile_dtype(weight, dtype))
     # Without the guard Triton launches on device 0; on CPU tensors it does nothing.
     with torch.cuda.device_of(weight):
         _decode_qkv_kernel[(num_weights // blocks.BLOCK_N,)](

@@ -378,12 +378,22 @@ def check_weight(
         )
     if weight.stride(1) != 1:
         raise ValueError(f"weight has last-dimension stride {weight.stride(1)}; expected 1")
+    if weight.stride(0) * weight.element_size() % 4 or weight.data_ptr() % 4:
+        raise ValueError(
+            f"weight has row stride {weight.stride(0)} and storage offset"
+            f" {weight.storage_offset()}; expected rows that begin at a multiple of 4 bytes"
+        )
     if scales is None:
         return weight.dtype
     check_tensor("scales", scales, (weight.shape[0],), torch.float32, weight.device)
     if dtype not in DTYPES:
         raise TypeError(f"activations are {dtype}; expected one of {DTYPES}. Convert them before")
     return dtype
+
+
+def tile_dtype(weight: torch.Tensor, activations: torch.dtype) -> torch.dtype:
+    """What the size of a tile follows: a product in float32 has small ones, whatever the weight."""
+    return activations if activations == torch.float32 else weight.dtype
 
 
 def check_residual_out(residual_out: torch.Tensor, residual_in: torch.Tensor) -> None:

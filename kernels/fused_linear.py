@@ -182,7 +182,7 @@ def launch_config(num_rows: int, width: int, dtype: torch.dtype, shared_bytes: i
         for tile, cost in _HALF_TILES
         if 2 * (tile.block_m + tile.block_n) * tile.block_k * tile.num_stages < shared_bytes - 1024
     ]
-    return min(fitting, key=time)[0]
+    return min(fitting or _HALF_TILES[-1:], key=time)[0]
 
 
 def fused_linear(

@@ -1,8 +1,9 @@
-"""Float8 (e4m3) of every row: out = round(x / scale), scale = largest magnitude of the row / 448.
+"""Float8 (e4m3) of every row: out = round(x · (1 / scale)), scale = its largest magnitude / 448.
 
 Layout: row-major, any row stride, last dimension contiguous; scales (rows,) float32. Dtypes: x
-float32, float16 or bfloat16. A row is read once and stays in registers. A row of zeros has scale 1;
-one that holds inf or NaN has scale NaN, so that all its products are NaN.
+float32, float16 or bfloat16. A row is read once and stays in registers. A row without a magnitude
+above 1e-30 is zeros with scale 1; one that holds inf or NaN has scale NaN, so that all its products
+are NaN.
 
 Roofline: memory. Each element is read once and one byte is written: 7300 rows of 18944 in half
 precision are 415 MB, 99 µs at 4.2 TB/s, less where x is still in L2.
@@ -16,6 +17,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 32768
 LARGEST = 448.0  # of float8 e4m3
 _LARGEST = tl.constexpr(LARGEST)
+_LEAST = tl.constexpr(1e-30)  # of the largest, or 1 / scale might overflow
 
 
 _INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
@@ -48,12 +50,12 @@ def _quantize_rows_kernel(
     mask = cols < D
     x = tl.load(x_ptr + row * stride_xm + cols, mask=mask, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(x), 0)
-    scale = tl.where(largest > 0.0, largest / _LARGEST, 1.0)
+    scale = tl.where(largest > _LEAST, tl.div_rn(largest, _LARGEST), 1.0)
     # A maximum may pass over a NaN.
     num_finite = tl.sum((tl.abs(x) < float("inf")).to(tl.int32), 0)
     scale = tl.where(num_finite == BLOCK_D, scale, float("nan"))
     tl.store(scales_ptr + row, scale)
-    tl.store(out_ptr + row * stride_om + cols, _float8(x / scale), mask=mask)
+    tl.store(out_ptr + row * stride_om + cols, _float8(x * tl.div_rn(1.0, scale)), mask=mask)
 
 
 def launch_config(width: int) -> tuple[int, int]:

@@ -2,8 +2,9 @@
 
 Layout: x (M, K), weight (N, K), both float8 e4m3 with K contiguous, any row stride; x_scales (M,)
 and scales (N,) float32. out and residual (M, N) float32, float16 or bfloat16, any row stride. The
-products are summed in float32 with one rounding on store. Tensor cores of sm_90 keep 14 bits of a
-float8 sum, so each 128 products are summed by themselves and added to the rest in float32.
+products are summed in float32 with one rounding on store. Tensor cores of sm_89 and sm_90 keep some
+14 bits of a float8 sum, so each 128 products are summed by themselves and added to the rest in
+float32.
 
 The sum over K runs in order, 128 at a time, whatever the tile, and is never split: a row's bits do
 not depend on how many rows there are.
@@ -69,7 +70,7 @@ def _scaled_linear_kernel(
             # Both operands: what lies behind a row may be NaN, and 0 · NaN is NaN.
             x = tl.load(x_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
             weight = tl.load(weight_ptrs, mask=offs_k[:, None] < K - k, other=0.0)
-        acc = tl.dot(x, weight, acc, max_num_imprecise_acc=BLOCK_K)
+        acc += tl.dot(x, weight, max_num_imprecise_acc=BLOCK_K)
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
 

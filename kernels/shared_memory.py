@@ -11,7 +11,9 @@ SMALL, LARGE = 101_376, 232_448
 
 def shared_bytes(device: torch.device) -> int:
     """Bytes of shared memory that one block may have on a device; LARGE in the interpreter."""
-    return LARGE if device.type != "cuda" else _of_index(device.index or 0)
+    if device.type != "cuda":
+        return LARGE
+    return _of_index(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @cache

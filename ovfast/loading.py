@@ -325,7 +325,10 @@ def _build(
 def _too_large(
     weight_bytes: int, cache_bytes: int, device: torch.device, where: str
 ) -> CapacityError:
-    hint = "a smaller max_seq_len or max_batch_size" if device.type == "cuda" else QUANTIZE_HINT
+    if device.type == "cuda":
+        hint = "a smaller max_seq_len or max_batch_size, quantization='fp8'"
+    else:
+        hint = QUANTIZE_HINT
     return CapacityError(
         f"weights of {weight_bytes / 1e9:.2f} GB and a cache of {cache_bytes / 1e9:.2f} GB do not"
         f" fit {where}. Use {hint}, or dtype='bfloat16'."

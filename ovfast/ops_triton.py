@@ -96,7 +96,7 @@ def triton_fields(
 def float8_fields(device: torch.device, *, interpreting: bool) -> dict[str, Any]:
     """What an `Ops` has instead where the language model's linear layers are float8.
 
-    A prefill rounds the rows to float8 too, a decode step does not.
+    A prefill rounds the rows to float8 too, the kernels of a decode step do not.
 
     Args:
         device: of the model.
@@ -115,8 +115,8 @@ def float8_fields(device: torch.device, *, interpreting: bool) -> dict[str, Any]
             f" {major}.{minor}; it needs 8.9 (Ada) or later. Use quantization=None."
         )
     return {
-        "pack_qkv": lambda *given: _float8(_pack_qkv(*given)),
-        "pack_gate_up": lambda weight: _float8(_pack_gate_up(weight)),
+        "pack_qkv": _pack_float8_qkv,
+        "pack_gate_up": _pack_float8_gate_up,
         "pack_output": lambda weight: _float8(PackedLinear(weight, None)),
         "tie_head": _float8,
         "linear": _float8_linear,
@@ -141,6 +141,28 @@ def _float8(packed: PackedLinear) -> PackedLinear:
     """A layer with its weight rounded to float8, a scale for each output."""
     weight, scales = quantize_rows.quantize_rows(packed.weight)
     return PackedLinear(weight, packed.bias, scales)
+
+
+def _pack_float8_qkv(
+    weight: Tensor, bias: Tensor, num_heads: int, num_kv_heads: int
+) -> PackedLinear:
+    head_dim = weight.shape[0] // (num_heads + 2 * num_kv_heads)
+    rows = decode_qkv.pack_qkv_rows(num_heads, num_kv_heads, head_dim)
+    return _float8_rows(PackedLinear(weight, bias), rows)
+
+
+def _pack_float8_gate_up(weight: Tensor) -> PackedLinear:
+    rows = decode_mlp.pack_gate_up_rows(weight.shape[0] // 2)
+    return _float8_rows(PackedLinear(weight, None), rows)
+
+
+def _float8_rows(packed: PackedLinear, rows: Tensor) -> PackedLinear:
+    """The rows in another order, moved when they take half the memory."""
+    packed, rows = _float8(packed), rows.to(packed.weight.device)
+    assert packed.scales is not None
+    moved = packed.weight.view(torch.uint8).index_select(0, rows).view(packed.weight.dtype)
+    bias = None if packed.bias is None else packed.bias.index_select(0, rows)
+    return PackedLinear(moved, bias, packed.scales.index_select(0, rows))
 
 
 def _float8_linear(x: Tensor, packed: PackedLinear, dtype: torch.dtype | None = None) -> Tensor:

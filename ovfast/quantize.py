@@ -257,13 +257,13 @@ def quantize_float8(x: Tensor) -> tuple[Tensor, Tensor]:
         x: (rows, cols) float.
 
     Returns:
-        q (rows, cols) float8_e4m3fn, and scales (rows,) float32, 1 for a row of zeros and NaN for
-        one that holds inf or NaN.
+        q (rows, cols) float8_e4m3fn, and scales (rows,) float32, 1 for a row without a magnitude
+        above 1e-30 and NaN for one that holds inf or NaN.
     """
     x = x.float()
     largest = x.abs().amax(1)
-    scales = torch.where(largest > 0, largest / LARGEST_FLOAT8, 1.0) + (x * 0).sum(1)
-    return (x / scales[:, None]).to(torch.float8_e4m3fn), scales
+    scales = torch.where(largest > LEAST, largest / LARGEST_FLOAT8, 1.0) + (x * 0).sum(1)
+    return (x * (1 / scales)[:, None]).to(torch.float8_e4m3fn), scales
 
 
 def fake_float8(x: Tensor) -> Tensor:

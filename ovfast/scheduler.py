@@ -10,6 +10,7 @@ marks itself ended by one store, and the next step collects its slots; a runner'
 repeated; the lock is only taken by `with` on the bare lock, which no signal can cut in two.
 """
 
+import logging
 import os
 import threading
 from collections import deque
@@ -35,6 +36,7 @@ from ovfast.runner import DecodeRunner, StepResult
 # A waiting thread looks again after so long: an interrupt may have cut the call that wakes it.
 WAIT_S = 1.0
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -224,6 +226,9 @@ class Scheduler:
         cache.check_room(slot, num_tokens)
         for rows in chunks[:-1]:
             self.step(partial(fill, rows=rows))
+            # The lock is not fair: without a step for them others might wait for several chunks.
+            if any(self._requests):
+                self.step(self._advance)
         return self.step(fill_last)
 
     def run(self, requests: Sequence[Request]) -> None:
@@ -284,7 +289,7 @@ class Scheduler:
         started = mark(device)
         several = [request.inputs for request in requests[: len(slots)]]
         if len(several) > 1:
-            embeds = self.step(lambda loaded: loaded.model.build_together(several))
+            embeds = self._embed_together(several)
         else:
             cached = self.reuse(several[0], slots[0], several[0].num_tokens - 1)
             requests[0].cached_tokens = cached
@@ -294,6 +299,14 @@ class Scheduler:
             begin = partial(self._begin, request, slot, (started, embedded, mark(device)))
             self.prefill(rows, cache, slot, request.cached_tokens, begin)
         return len(slots)
+
+    def _embed_together(self, several: Sequence[ModelInputs]) -> list[torch.Tensor]:
+        """As `embed` of each, with one pass of the tower; one by one where that takes too much."""
+        try:
+            return self.step(lambda loaded: loaded.model.build_together(several))
+        except CapacityError:
+            logger.info("no memory for the views of %d requests at a time", len(several))
+        return [self.embed(inputs) for inputs in several]
 
     def _begin(
         self,
@@ -320,6 +333,10 @@ class Scheduler:
     def _decode(self, loaded: Loaded, wanted: Request) -> None:
         if wanted.pending or wanted.error is not None:
             return  # made by another thread's step while this one waited for the lock
+        self._advance(loaded)
+
+    def _advance(self, loaded: Loaded) -> None:
+        """One token for each request that decodes."""
         loaded.runner.launch(1)
         self._results.extend(loaded.runner.poll())
         while self._results:

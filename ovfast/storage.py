@@ -52,7 +52,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def load_options(storage: str) -> dict[str, str | None]:
-    """The options of `load` that ask for a storage: the inverse of `wanted_storage`."""
+    """The options of `load` that ask for a storage."""
     if storage in QUANTIZATIONS:
         return {"dtype": "auto", "quantization": storage}
     return {"dtype": storage, "quantization": None}

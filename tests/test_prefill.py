@@ -242,6 +242,20 @@ def test_a_neighbour_gets_tokens_between_chunks(
     assert all(before < after for before, after in pairwise(counts))
 
 
+def test_each_gap_between_chunks_gives_the_others_a_token(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever the lock goes to: here nobody else asks for it."""
+    stream = engine.stream("Hi", ignore_eos=True, max_new_tokens=40)
+    next(stream)
+    (held,) = [request for request in engine._scheduler._requests if request is not None]
+    counts = note_calls(monkeypatch, Qwen2, "prefill_hidden", lambda *_: len(held.pending))
+    engine.generate(**LONG, max_new_tokens=1)
+    assert len(counts) >= 4
+    assert counts == list(range(counts[0], counts[0] + len(counts)))
+    stream.close()
+
+
 def test_what_does_not_fit_is_refused_before_any_work(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ovfast import Engine, ModelInputs
 from ovfast.models.siglip import SiglipTower
@@ -110,3 +111,21 @@ def test_times_of_requests_together(engine: Engine, monkeypatch: pytest.MonkeyPa
         assert t.vision_ms >= 200
         assert t.prefill_ms >= 200
     assert times[0].vision_ms + sum(t.prefill_ms for t in times) <= times[-1].ttft_ms
+
+
+def test_too_many_views_at_a_time_go_one_by_one(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_views(engine, 64)
+    inputs = [engine.prepare(**REQUESTS["image"])] * 3
+    expected = engine.generate(inputs, **ASK)
+    tried = []
+
+    def too_much(*given: object) -> None:
+        tried.append(given)
+        raise torch.OutOfMemoryError("of the device")
+
+    monkeypatch.setattr(type(engine._model), "build_together", too_much)
+    outputs = engine.generate(inputs, **ASK)
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+    assert len(tried) == 1

@@ -12,6 +12,10 @@ from ovfast.models.parameters import Loader
 from ovfast.ops import Ops, PackedLinear
 from ovfast.pixels import Pixels
 
+# Above, the device takes far longer than the host's launches, and batches have many counts of views
+# that would push each other's graphs out.
+GRAPH_VIEWS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class _Norm:
@@ -87,7 +91,7 @@ class SiglipTower:
 
     def _encode_group(self, pixels: Pixels) -> Tensor:
         hidden_states = self.embed(pixels)
-        if self._graphs is not None:
+        if self._graphs is not None and pixels.num_views <= GRAPH_VIEWS:
             self._graphs.run(pixels.num_views, self._run_layers, hidden_states)
         else:
             self._run_layers(hidden_states)

@@ -16,7 +16,13 @@ from ovfast.kernels.shared_memory import LARGE, SMALL
 from ovfast.ops_triton import VIEWS_A_STEP
 from tests.kernels import aot_fused_linear, aot_place
 from tests.kernels.aot_variants import COMPILES, DEFAULT_SM, MODULES, SM90_INSTRUCTIONS, read_table
-from tests.support.aot import TRITON_MINOR, Variant, compile_variant, early_weight_reads
+from tests.support.aot import (
+    SMALL_SM,
+    TRITON_MINOR,
+    Variant,
+    compile_variant,
+    early_weight_reads,
+)
 
 # Shared memory that one block may have.
 MAX_SHARED_BYTES = {80: 166_912, 89: SMALL, 90: LARGE, 100: LARGE}
@@ -27,12 +33,13 @@ QUICK = [module.VARIANTS[0] for module in MODULES]
 
 
 def _marks(variant: Variant, sm: int) -> list[pytest.MarkDecorator]:
-    """The rest takes minutes: CI runs what differs in the target or the dtype, not in both."""
-    others = (sm != DEFAULT_SM) + (not variant.name.startswith("bf16"))
-    if others == 2:
-        return [pytest.mark.slow, pytest.mark.matrix]
-    is_quick = sm == DEFAULT_SM and any(variant is quick for quick in QUICK)
-    return [] if is_quick else [pytest.mark.slow]
+    """The rest takes minutes: CI runs all of sm_90, and one of each operation for the others."""
+    is_first = any(variant is quick for quick in QUICK)
+    if sm == DEFAULT_SM:
+        return [] if is_first else [pytest.mark.slow]
+    if is_first or sm == SMALL_SM:
+        return [pytest.mark.slow]
+    return [pytest.mark.slow, pytest.mark.matrix]
 
 
 PARAMS = [

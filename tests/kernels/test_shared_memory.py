@@ -23,12 +23,13 @@ def test_a_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     utils = SimpleNamespace(get_device_properties=properties)
     driver = SimpleNamespace(active=SimpleNamespace(utils=utils))
     monkeypatch.setattr(sm.triton.runtime, "driver", driver)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     sm._of_index.cache_clear()
     try:
         devices = ["cuda:1", "cuda", "cuda:0", "cuda:1"]
         found = [sm.shared_bytes(torch.device(name)) for name in devices]
-        assert found == [100_001, 100_000, 100_000, 100_001]
-        assert asked == [1, 0]
+        assert found == [100_001, 100_002, 100_000, 100_001]
+        assert asked == [1, 2, 0]
     finally:
         sm._of_index.cache_clear()
     assert sm.shared_bytes(torch.device("cpu")) == sm.LARGE

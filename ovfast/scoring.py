@@ -79,12 +79,12 @@ def score_continuations(
     start = scheduler.reuse(inputs, slot, shared)
     embeds = scheduler.embed(inputs, start)
     first, rest = embeds[: shared - start], embeds[shared - start :]
-    tails = scheduler.step(lambda loaded: _tails(loaded, rest, shared, prompt_ids, full))
     cache = scheduler.loaded().cache
     if len(first):
         scheduler.prefill(first, cache, slot, start, lambda *_: None, positions_wanted=())
 
-    def score(ids: list[int], tail: torch.Tensor) -> ScoreOutput:
+    def score(ids: list[int]) -> ScoreOutput:
+        tail = scheduler.step(lambda loaded: _tail(loaded, rest, shared, prompt_ids, ids))
         own = ids[num_prompt:]
 
         def read(loaded: Loaded, hidden: torch.Tensor) -> ScoreOutput:
@@ -94,7 +94,7 @@ def score_continuations(
         wanted = range(num_prompt - 1 - shared, len(tail))
         return scheduler.prefill(tail, cache, slot, shared, read, wanted)
 
-    return [score(ids, tail) for ids, tail in zip(full, tails, strict=True)]
+    return [score(ids) for ids in full]
 
 
 def empty_logits(num_rows: int, vocab_size: int, device: torch.device) -> torch.Tensor:
@@ -177,18 +177,15 @@ def score_output(token_ids: Sequence[int], found: Sequence[tuple[float, bool]]) 
     return ScoreOutput(total, total / len(logprobs), tuple(token_ids), logprobs, greedy)
 
 
-def _tails(
+def _tail(
     loaded: Loaded,
     rest: torch.Tensor,
     shared: int,
     prompt_ids: list[int],
-    full: Sequence[list[int]],
-) -> list[torch.Tensor]:
-    """Rows of each continuation from `shared` on, without its last; `rest` are the prompt's."""
-    tails = []
-    for ids in full:
-        common = common_length(prompt_ids, ids)
-        tokens = torch.tensor(ids[common:-1], dtype=torch.int64, device=rest.device)
-        own = loaded.model.language_model.embed(tokens)
-        tails.append(torch.cat((rest[: common - shared], own)))
-    return tails
+    ids: list[int],
+) -> torch.Tensor:
+    """Rows of a continuation from `shared` on, without its last; `rest` are the prompt's."""
+    common = common_length(prompt_ids, ids)
+    tokens = torch.tensor(ids[common:-1], dtype=torch.int64, device=rest.device)
+    own = loaded.model.language_model.embed(tokens)
+    return torch.cat((rest[: common - shared], own))

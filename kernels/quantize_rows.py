@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from ovfast.kernels.decode_tiles import DTYPES, FLOAT8
+
 MAX_WIDTH = 32768
 LARGEST = 448.0  # of float8 e4m3
 _LARGEST = tl.constexpr(LARGEST)
@@ -84,14 +85,14 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         TypeError: another dtype.
         ValueError: a wrong shape or last-dimension stride.
     """
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"x is {x.dtype}; expected one of {_DTYPES}. Convert it before")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x is {x.dtype}; expected one of {DTYPES}. Convert it before")
     if x.ndim != 2 or not 1 <= x.shape[1] <= MAX_WIDTH:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (rows, D), 1 ≤ D ≤ {MAX_WIDTH}")
     if x.shape[1] > 1 and x.stride(1) != 1:
         raise ValueError(f"x has last-dimension stride {x.stride(1)}; expected 1")
     num_rows, width = x.shape
-    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    out = torch.empty(x.shape, dtype=FLOAT8, device=x.device)
     scales = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     if num_rows == 0:
         return out, scales

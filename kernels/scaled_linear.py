@@ -19,8 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-FLOAT8 = torch.float8_e4m3fn
-_OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from ovfast.kernels.decode_tiles import DTYPES, FLOAT8, check_tensor
 
 
 # M is not specialised: a prompt whose length is a multiple of 16 would compile anew.
@@ -192,8 +191,8 @@ def _check(
     residual: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    if out.dtype not in _OUT_DTYPES:
-        raise TypeError(f"out is {out.dtype}; expected one of {_OUT_DTYPES}")
+    if out.dtype not in DTYPES:
+        raise TypeError(f"out is {out.dtype}; expected one of {DTYPES}")
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (M, K ≥ 1)")
     if weight.ndim != 2 or weight.shape[0] == 0:
@@ -209,13 +208,5 @@ def _check(
         ("out", out, (num_rows, width), out.dtype),
     )
     for name, tensor, shape, dtype in expected:
-        if tensor is None:
-            continue
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} is {tensor.dtype}; expected {dtype}. Convert it before")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}; x is on {x.device}. Move one of them")
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} has last-dimension stride {tensor.stride(-1)}; expected 1")
+        if tensor is not None:
+            check_tensor(name, tensor, shape, dtype, x.device, contiguous=False)

@@ -115,10 +115,11 @@ def float8_fields(device: torch.device, *, interpreting: bool) -> dict[str, Any]
             f" {major}.{minor}; it needs 8.9 (Ada) or later. Use quantization=None."
         )
     return {
-        "pack_qkv": _pack_float8_qkv,
-        "pack_gate_up": _pack_float8_gate_up,
-        "pack_output": lambda weight: _float8(PackedLinear(weight, None)),
-        "tie_head": _float8,
+        # Rounded before they are put in order: half the memory is moved.
+        "pack_qkv": partial(_pack_qkv, pack=_float8),
+        "pack_gate_up": partial(_pack_gate_up, pack=_float8),
+        "pack_output": _float8,
+        "tie_head": lambda embedding: _float8(embedding.weight),
         "linear": _float8_linear,
         "add_linear": _add_float8_linear,
         "gate_up": partial(
@@ -137,32 +138,10 @@ def _add_linear(x: Tensor, packed: PackedLinear, residual: Tensor) -> Tensor:
     return residual.addmm_(x, packed.weight.t())
 
 
-def _float8(packed: PackedLinear) -> PackedLinear:
+def _float8(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     """A layer with its weight rounded to float8, a scale for each output."""
-    weight, scales = quantize_rows.quantize_rows(packed.weight)
-    return PackedLinear(weight, packed.bias, scales)
-
-
-def _pack_float8_qkv(
-    weight: Tensor, bias: Tensor, num_heads: int, num_kv_heads: int
-) -> PackedLinear:
-    head_dim = weight.shape[0] // (num_heads + 2 * num_kv_heads)
-    rows = decode_qkv.pack_qkv_rows(num_heads, num_kv_heads, head_dim)
-    return _float8_rows(PackedLinear(weight, bias), rows)
-
-
-def _pack_float8_gate_up(weight: Tensor) -> PackedLinear:
-    rows = decode_mlp.pack_gate_up_rows(weight.shape[0] // 2)
-    return _float8_rows(PackedLinear(weight, None), rows)
-
-
-def _float8_rows(packed: PackedLinear, rows: Tensor) -> PackedLinear:
-    """The rows in another order, moved when they take half the memory."""
-    packed, rows = _float8(packed), rows.to(packed.weight.device)
-    assert packed.scales is not None
-    moved = packed.weight.view(torch.uint8).index_select(0, rows).view(packed.weight.dtype)
-    bias = None if packed.bias is None else packed.bias.index_select(0, rows)
-    return PackedLinear(moved, bias, packed.scales.index_select(0, rows))
+    rounded, scales = quantize_rows.quantize_rows(weight)
+    return PackedLinear(rounded, bias, scales)
 
 
 def _float8_linear(x: Tensor, packed: PackedLinear, dtype: torch.dtype | None = None) -> Tensor:
@@ -184,15 +163,33 @@ def _scaled_linear(
     )
 
 
-def _pack_qkv(weight: Tensor, bias: Tensor, num_heads: int, num_kv_heads: int) -> PackedLinear:
+def _pack_qkv(
+    weight: Tensor,
+    bias: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    pack: Callable[[Tensor, Tensor | None], PackedLinear] = PackedLinear,
+) -> PackedLinear:
     head_dim = weight.shape[0] // (num_heads + 2 * num_kv_heads)
-    rows = decode_qkv.pack_qkv_rows(num_heads, num_kv_heads, head_dim).to(weight.device)
-    return PackedLinear(weight.index_select(0, rows), bias.index_select(0, rows))
+    rows = decode_qkv.pack_qkv_rows(num_heads, num_kv_heads, head_dim)
+    return _permuted(pack(weight, bias), rows)
 
 
-def _pack_gate_up(weight: Tensor) -> PackedLinear:
-    rows = decode_mlp.pack_gate_up_rows(weight.shape[0] // 2).to(weight.device)
-    return PackedLinear(weight.index_select(0, rows), None)
+def _pack_gate_up(
+    weight: Tensor, *, pack: Callable[[Tensor, Tensor | None], PackedLinear] = PackedLinear
+) -> PackedLinear:
+    rows = decode_mlp.pack_gate_up_rows(weight.shape[0] // 2)
+    return _permuted(pack(weight, None), rows)
+
+
+def _permuted(packed: PackedLinear, rows: Tensor) -> PackedLinear:
+    """The outputs in another order. Float8 is moved as bytes: torch does not index it."""
+    weight, rows = packed.weight, rows.to(packed.weight.device)
+    if packed.scales is not None:
+        weight = weight.view(torch.uint8)
+    others = (None if x is None else x.index_select(0, rows) for x in (packed.bias, packed.scales))
+    return PackedLinear(weight.index_select(0, rows).view(packed.weight.dtype), *others)
 
 
 def _fused_linear(

@@ -85,8 +85,6 @@ def run(function: Any, arguments: dict[str, Any], outs: list[str], **given: Any)
 def test_the_same_numbers_in_another_dtype(
     device: str, dtype: torch.dtype, name: str, width: int
 ) -> None:
-    if dtype == torch.bfloat16:
-        pytest.skip("its activations become float16, which sums in other steps")
     function, arguments, outs = CASES[name](device, dtype, width)
     weight, scales = float8(arguments["weight"])
     plain = (weight.float() * scales[:, None]).to(dtype)
@@ -162,6 +160,17 @@ def test_bad_arguments_are_named(name: str) -> None:
         given = given | {"weight": plain.to(given["weight"])}
     with pytest.raises(error, match=message):
         function(**arguments | {"weight": weight, "scales": scales} | given)
+
+
+@pytest.mark.parametrize(("extra", "first"), [(1, 0), (2, 2)], ids=["stride", "offset"])
+def test_rows_that_begin_between_words_are_named(extra: int, first: int) -> None:
+    """They are read as words of 32 bits: anything else would be another row, or no address."""
+    function, arguments, _ = CASES["head"]("cpu", torch.float16, LOOP)
+    num_ids = len(arguments["weight"])
+    wide = torch.zeros(num_ids * (LOOP + extra) + first, dtype=torch.float16)[first // 2 :]
+    weight = wide[: num_ids * (LOOP + extra)].view(num_ids, LOOP + extra)[:, :LOOP]
+    with pytest.raises(ValueError, match=r"weight has row stride .* multiple of 4 bytes"):
+        function(**arguments | {"weight": weight})
 
 
 def test_heads_beside_float8_need_a_dtype() -> None:

@@ -95,6 +95,18 @@ def test_a_row_does_not_know_its_neighbours(device: str, dtype: torch.dtype) -> 
             assert torch.equal(scaled_linear.scaled_linear(**alone, tile=tile)[0], whole[row])
 
 
+@pytest.mark.parametrize("name", ["x", "weight"])
+@pytest.mark.parametrize(("device", "dtype"), kernel_params())
+def test_what_lies_behind_a_row_is_not_read(device: str, dtype: torch.dtype, name: str) -> None:
+    """On a device NaN would show, 0 · NaN being NaN; the interpreter reads float8's as 480."""
+    arguments = make_arguments(device, dtype, (5, 40, 144))
+    expected = check(arguments).clone()
+    rows, depth = arguments[name].shape
+    wide = torch.full((rows, 2 * depth), float("nan"), device=device).to(torch.float8_e4m3fn)
+    wide[:, :depth] = arguments[name]
+    assert torch.equal(check(arguments | {name: wide[:, :depth]}), expected)
+
+
 @pytest.mark.parametrize(("device", "dtype"), kernel_params())
 def test_no_rows(device: str, dtype: torch.dtype) -> None:
     arguments = make_arguments(device, dtype, (0, 40, 144))

@@ -4,7 +4,7 @@ Graphs that are captured, evicted and refused while tokens come; streams that ar
 memory.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tests.support.checkpoints import CheckpointSpec
 from tests.support.devices import memory_limit, requires_cuda
 from tests.support.engines import free_slots, open_engine
 from tests.support.prompts import picture
+from tests.support.runners import drain
 
 pytest.importorskip("triton", reason="needs triton")
 
@@ -41,21 +42,6 @@ MEGABYTE = 1 << 20
 def open_real(path: Path, **options: Any) -> Engine:
     defaults = {"device": "cuda", "max_seq_len": 8192, "max_batch_size": 3}
     return open_engine(path, **defaults | options)
-
-
-def drain(streams: Iterable[Any], after_each: Callable[[], None] = lambda: None) -> list[list[int]]:
-    """Tokens of streams, a chunk of each in turn."""
-    alive = dict(enumerate(streams))
-    tokens: list[list[int]] = [[] for _ in alive]
-    while alive:
-        for index, stream in list(alive.items()):
-            chunk = next(stream, None)
-            if chunk is None:
-                del alive[index]
-            else:
-                tokens[index] += chunk.token_ids
-            after_each()
-    return tokens
 
 
 def ask_all(engine: Engine, after_each: Callable[[], None] = lambda: None) -> list[list[int]]:

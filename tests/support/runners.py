@@ -1,5 +1,8 @@
 """What every runner must give: the answers of plain torch, whatever decodes beside it."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import pytest
 
 from ovfast import Engine, GenerationOutput
@@ -37,16 +40,22 @@ def assert_batch_of_many(plain: Engine, engine: Engine) -> None:
     assert [output.token_ids for output in engine.generate(prompts, **options)] == expected
 
 
-def assert_options_side_by_side(plain: Engine, engine: Engine) -> None:
-    expected = [plain.generate("Go on.", ignore_eos=True, **o).token_ids for o in OPTIONS[:-1]]
-    streams = [engine.stream("Go on.", ignore_eos=True, **options) for options in OPTIONS[:-1]]
-    got: list[list[int]] = [[] for _ in streams]
+def drain(streams: Iterable[Any], after_each: Callable[[], None] = lambda: None) -> list[list[int]]:
+    """Tokens of streams, a chunk of each in turn."""
     alive = dict(enumerate(streams))
+    tokens: list[list[int]] = [[] for _ in alive]
     while alive:
         for index, stream in list(alive.items()):
             chunk = next(stream, None)
             if chunk is None:
                 del alive[index]
             else:
-                got[index] += chunk.token_ids
-    assert [tuple(tokens) for tokens in got] == expected
+                tokens[index] += chunk.token_ids
+            after_each()
+    return tokens
+
+
+def assert_options_side_by_side(plain: Engine, engine: Engine) -> None:
+    expected = [plain.generate("Go on.", ignore_eos=True, **o).token_ids for o in OPTIONS[:-1]]
+    streams = [engine.stream("Go on.", ignore_eos=True, **options) for options in OPTIONS[:-1]]
+    assert [tuple(tokens) for tokens in drain(streams)] == expected

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "bind.h"
+#include "kernel_table.h"
 #include "linear.h"
 
 namespace ovfast {
@@ -229,8 +230,12 @@ std::shared_ptr<PackedWeights> FromBuffer(const std::string& kind_name, std::int
 
 void Linear(ThreadPool& pool, const py::object& x_object, const PackedWeights& weights,
             const py::object& bias_object, const std::string& activation_name, bool accumulates,
-            const py::object& out_object, bool wide_inputs) {
+            const py::object& out_object, bool wide_inputs, bool brain_inputs) {
   const PackedMatrix& matrix = weights.matrix;
+  if (brain_inputs && (matrix.kind != WeightKind::kBfloat16 || !HasBrainProducts())) {
+    throw py::value_error(
+        "bfloat16_inputs needs weights in bfloat16 and a CPU with products of bfloat16");
+  }
   const Activation activation = ActivationOf(activation_name);
   const py::array x = CheckArray(x_object, "x", "float32", {kAny, matrix.cols}, 1);
   py::array out = CheckOutput(out_object, "out", "float32", {x.shape(0), kAny}, 1);
@@ -256,6 +261,7 @@ void Linear(ThreadPool& pool, const py::object& x_object, const PackedWeights& w
   args.activation = activation;
   args.accumulates = accumulates;
   args.wide_inputs = wide_inputs;
+  args.brain_inputs = brain_inputs;
   args.out = MutableData<float>(out);
   args.out_stride = StrideOf<float>(out, 0);
   args.out_cols = out.shape(1);
@@ -324,7 +330,7 @@ Raises:
     ValueError: an unknown kind, or sources that do not fit together.)doc");
   m.def("linear", &Linear, py::arg("pool"), py::arg("x"), py::arg("weights"), py::arg("bias"),
         py::arg("activation"), py::arg("accumulates"), py::arg("out"),
-        py::arg("wide_inputs") = false,
+        py::arg("wide_inputs") = false, py::arg("bfloat16_inputs") = false,
         R"doc(out = activation(x @ weightsᵀ + bias), in float32.
 
 Args:
@@ -338,10 +344,13 @@ Args:
         fewer).
     wide_inputs: of int8 alone: whether x is quantised to 16 bits instead of 8 (AVX2: 7), in
         groups. With int4 x is always quantised to 8, with others never.
+    bfloat16_inputs: of bfloat16 alone: whether x is rounded to bfloat16, so that the products are
+        of bfloat16; sums stay float32. Subnormal numbers may count as 0.
 
 Raises:
     TypeError: an argument of the wrong type or dtype.
-    ValueError: a wrong shape or stride, or arrays that share memory.)doc");
+    ValueError: a wrong shape or stride, arrays that share memory, or bfloat16_inputs with weights
+        of another kind or without `bfloat16_products()`.)doc");
   m.def("embed", &Embed, py::arg("pool"), py::arg("weights"), py::arg("ids"), py::arg("out"),
         R"doc(out[i] = the weights of row ids[i].
 

@@ -49,6 +49,8 @@ Raises:
         return names;
       },
       "The instruction sets that this CPU and this build have.");
+  m.def("bfloat16_products", &HasBrainProducts,
+        "Whether the instruction set in use multiplies bfloat16 with bfloat16 on this CPU.");
   m.def(
       "use_isa",
       [](const std::string& isa) {

@@ -65,6 +65,14 @@ const KernelTable& Kernels() {
   return *kernels;
 }
 
+bool HasBrainProducts() {
+  const KernelTable& kernels = Kernels();
+#if defined(OVFAST_X86)
+  if (&kernels == &avx512::kKernels) return __builtin_cpu_supports("avx512bf16") != 0;
+#endif
+  return kernels.linear_brain != nullptr;
+}
+
 bool UseIsa(const char* isa) {
   const KernelTable* const kernels = KernelsOf(isa);
   if (kernels != nullptr) chosen.store(kernels, std::memory_order_release);

@@ -11,6 +11,18 @@ OVFAST_INLINE VecI AddBytes(VecI sums, VecI a, VecI b) {
     return sum;
   });
 }
+// sums += two products of bfloat16 a lane.
+OVFAST_INLINE Vec AddBrainPairs(Vec sums, VecI a, VecI b) {
+  return Each([&](int i) {
+    const std::uint32_t left = Bits(a.v[i]), right = Bits(b.v[i]);
+    const float high = OfBits(left & 0xffff0000u) * OfBits(right & 0xffff0000u);
+    return sums.v[i] + high + OfBits(left << 16) * OfBits(right << 16);
+  });
+}
+// Sixteen bfloat16, to the nearest, halves to even.
+OVFAST_INLINE void StoreBrain(std::uint16_t* to, Vec a) {
+  for (int i = 0; i < kLanes; ++i) to[i] = ToBrain(a.v[i]);
+}
 // Sixteen bytes; the lanes lie in their range.
 OVFAST_INLINE void StoreSigned(std::int8_t* to, VecI a) {
   for (int i = 0; i < kLanes; ++i) to[i] = static_cast<std::int8_t>(a.v[i]);

@@ -28,6 +28,7 @@ namespace avx512 {
 
 constexpr const char* kIsaName = "avx512";
 
+#define OVFAST_BRAIN_PRODUCTS
 // clang-format off: the vectors come first.
 #include "vec_avx512.inl.h"
 #include "dot_avx512.inl.h"

@@ -21,6 +21,7 @@ namespace scalar {
 
 constexpr const char* kIsaName = "scalar";
 
+#define OVFAST_BRAIN_PRODUCTS
 // clang-format off: the vectors come first.
 #include "vec_scalar.inl.h"
 #include "dot_scalar.inl.h"

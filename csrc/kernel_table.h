@@ -31,6 +31,8 @@ struct KernelTable {
   const char* isa;                                     // "scalar", "avx2" or "avx512"
   void (*linear_float)(Team&, const LinearArgs&);      // weights in float32, float16, bfloat16
   void (*linear_quantized)(Team&, const LinearArgs&);  // weights in int8, int4
+  void (*linear_brain)(Team&,
+                       const LinearArgs&);  // bfloat16 times bfloat16; null: no such products
   void (*layer_norm)(Team&, const LayerNormArgs&);
   void (*rms_norm)(Team&, const RmsNormArgs&);
   void (*rope)(Team&, const RopeArgs&);
@@ -63,6 +65,9 @@ const KernelTable& Kernels();
 // The kernels of a set by its name; null if the name is unknown, the CPU lacks the set, or the
 // compiler could not build it.
 const KernelTable* KernelsOf(const char* isa);
+
+// Whether `linear_brain` of the kernels in use runs on this CPU.
+bool HasBrainProducts();
 
 // Uses the kernels of a set from now on, for tests; false where KernelsOf gives null.
 bool UseIsa(const char* isa);

@@ -6,6 +6,9 @@
 #include "linear_float.inl.h"
 #include "linear_quantized.inl.h"
 #include "linear_few.inl.h"
+#if defined(OVFAST_BRAIN_PRODUCTS)
+#include "linear_brain.inl.h"
+#endif
 #include "argmax.inl.h"
 #include "patch_embed.inl.h"
 #include "place.inl.h"
@@ -24,6 +27,11 @@ const KernelTable kKernels = {
     /*isa=*/kIsaName,
     /*linear_float=*/LinearFloat,
     /*linear_quantized=*/LinearQuantized,
+#if defined(OVFAST_BRAIN_PRODUCTS)
+    /*linear_brain=*/LinearBrain,
+#else
+    /*linear_brain=*/nullptr,
+#endif
     /*layer_norm=*/LayerNorm,
     /*rms_norm=*/RmsNorm,
     /*rope=*/Rope,

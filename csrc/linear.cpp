@@ -51,6 +51,7 @@ void UnpackRow(const PackedMatrix& matrix, std::int64_t row, float* out) {
 
 void RunLinear(Team& team, const LinearArgs& args) {
   const KernelTable& kernels = Kernels();
+  if (args.brain_inputs) return kernels.linear_brain(team, args);
   (IsQuantized(args.matrix.kind) ? kernels.linear_quantized : kernels.linear_float)(team, args);
 }
 

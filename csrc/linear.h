@@ -100,6 +100,7 @@ struct LinearArgs {
   bool accumulates;         // whether the result is added to `out`
   bool wide_inputs;         // int8 alone: x is quantised to 16 bits (decode), else to 8 or 7
                             // (prefill, tower); for int4 always to 8; in the weights' groups
+  bool brain_inputs;        // bfloat16 alone: x is rounded to bfloat16; needs HasBrainProducts()
   float* out;               // (num_rows, out_cols); does not overlap x
   std::int64_t out_stride;  // floats from a row of out to the next
   std::int64_t out_cols;    // matrix.rows; for kSiluMul at most half of it, the rest is padding

@@ -305,9 +305,9 @@ inline void SumChunk(const LinearArgs& args, const RowChunk& chunk) {
   }
 }
 
-template <WeightKind kKind>
-inline void LinearOfKind(Team& team, const LinearArgs& args) {
-  if (args.num_rows <= kTileRows) return StreamRows<kKind, kTileRows>(team, args);
+// Calls sum(chunk, rows of a full chunk) for each task on many rows.
+template <class Sum>
+inline void ForChunks(Team& team, const LinearArgs& args, const Sum& sum) {
   const std::int64_t num_blocks = NumBlocks(args.matrix.rows);
   const std::int64_t num_chunks = (args.num_rows + kMostRows - 1) / kMostRows;
   const std::int64_t chunk_rows = (args.num_rows + num_chunks - 1) / num_chunks;
@@ -319,11 +319,19 @@ inline void LinearOfKind(Team& team, const LinearArgs& args) {
   const std::int64_t num_groups = (num_blocks + group - 1) / group;
   // Chunks on the same weights follow one another: the weights come from the cache.
   team.For(num_chunks * num_groups, [&](std::int64_t i) {
-    RowChunk chunk;
+    RowChunk chunk{};
     chunk.first_row = i % num_chunks * chunk_rows;
     chunk.num_rows = LeastOf(chunk_rows, args.num_rows - chunk.first_row);
     chunk.first_block = i / num_chunks * group;
     chunk.num_blocks = LeastOf(group, num_blocks - chunk.first_block);
+    sum(chunk, chunk_rows);
+  });
+}
+
+template <WeightKind kKind>
+inline void LinearOfKind(Team& team, const LinearArgs& args) {
+  if (args.num_rows <= kTileRows) return StreamRows<kKind, kTileRows>(team, args);
+  ForChunks(team, args, [&](RowChunk& chunk, std::int64_t chunk_rows) {
     constexpr std::int64_t kPanelFloats = kTileBlocks * kPanel * kBlock;
     const std::int64_t input_floats = chunk_rows * kCopyStride;
     const std::int64_t floats = kPanelFloats + input_floats + chunk_rows * kTotalsStride;

@@ -37,6 +37,9 @@ DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Quantization = Annotated[
     str | None, typer.Option(help="int8 or int4 weights on a CPU, fp8 on a GPU.")
 ]
+MatmulPrecision = Annotated[
+    str, typer.Option(help="float32, or bfloat16 on a CPU that multiplies it.")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default all that are free to use.")]
 Backend = Annotated[str, typer.Option(help="auto, triton, native or reference.")]
 MaxViews = Annotated[
@@ -70,6 +73,7 @@ def generate(
     dtype: DType = "auto",
     backend: Backend = "auto",
     quantization: Quantization = None,
+    matmul_precision: MatmulPrecision = "float32",
     threads: Threads = None,
     max_views: MaxViews = None,
     token_policy: TokenPolicy = "paper",
@@ -92,6 +96,7 @@ def generate(
         dtype=dtype,
         backend=backend,
         quantization=quantization,
+        matmul_precision=matmul_precision,
         threads=threads,
         visual=visual,
     ) as engine:

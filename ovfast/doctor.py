@@ -84,6 +84,7 @@ def _native(ops: Ops) -> dict[str, Any]:
     bandwidth = native.read_bandwidth(ops.pool, READ_BYTES)
     return {
         "instruction set": f"{native.isa()} (also here: {others}; OVFAST_ISA chooses)",
+        "products of bfloat16": "yes" if native.bfloat16_products() else "no",
         "threads": ops.pool.num_threads,
         "memory read": f"{bandwidth / 1e9:.1f} GB/s with these threads",
     }

@@ -46,7 +46,8 @@ class Engine(EngineBase):
         config: of the checkpoint.
         ops: where each operation runs.
         device, dtype: of activations and cache.
-        storage: of linear layers: "float32", "float16", "bfloat16", "int8", "int4" or "fp8".
+        storage: of linear layers: "float32", "float16", "bfloat16", "bfloat16-matmul" (bfloat16
+            and products of bfloat16), "int8", "int4" or "fp8".
         max_seq_len: positions of a request, prompt and answer.
         max_batch_size: requests decoded at a time.
         visual: how pictures become tokens by default.

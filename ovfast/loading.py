@@ -22,19 +22,28 @@ from ovfast.errors import BackendError, CapacityError, OptionError, Quantization
 from ovfast.kv_cache import kv_bytes_per_token
 from ovfast.media import MediaLimits
 from ovfast.models.llava_onevision import LlavaOnevision
-from ovfast.ops import Ops, has_native, make_ops, with_storage
+from ovfast.ops import (
+    Ops,
+    has_native,
+    make_ops,
+    multiplies_bfloat16,
+    native_isa,
+    with_storage,
+)
 from ovfast.out_of_memory import free_frames, is_out_of_memory
 from ovfast.packed_file import PACKED_FILE, PackedFile
 from ovfast.packed_weights import PackedCheckpoint, is_packed
 from ovfast.processor import Processor
 from ovfast.roofline import parameter_bytes
 from ovfast.storage import (
+    BFLOAT16_MATMUL,
     DTYPES,
     GROUPS,
     QUANTIZATIONS,
     bytes_per_param,
     dtype_name,
     wanted_storage,
+    weight_kind,
 )
 
 MOST_THREADS = 1024  # of a native pool
@@ -50,6 +59,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     backend: str = "auto",
     quantization: str | None = None,
+    matmul_precision: str = "float32",
     threads: int | None = None,
     max_seq_len: int | None = None,
     max_batch_size: int = 1,
@@ -77,6 +87,10 @@ def load(
             "fp8" for those of the language model, on CUDA from compute capability 8.9 on, the rest
             in `dtype`; None keeps all in `dtype`. A directory that ``ovfast convert`` wrote says it
             itself.
+        matmul_precision: of the products of tower and prefill on the native back end: "float32",
+            or "bfloat16", which rounds what is multiplied to bfloat16 and sums in float32, twice as
+            fast on a CPU with AVX512-BF16; weights are then bfloat16. Decode steps stay as exact as
+            with "float32". On CUDA `dtype` decides.
         threads: of the native back end, for this engine; None takes all processors that the process
             may use. Of plain torch on a CPU, for the whole process; None leaves torch's setting.
         max_seq_len: positions a request may have, prompt and answer; None takes the checkpoint's.
@@ -103,7 +117,7 @@ def load(
         here. CheckpointError, ConfigError: the checkpoint cannot be used.
         CapacityError: weights and cache do not fit in memory.
     """
-    wanted = wanted_storage(dtype, quantization)
+    wanted = wanted_storage(dtype, quantization, matmul_precision)
     _check_counts(threads=threads, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     if device == "auto" and _is_packed_directory(model):
         device = "cpu"
@@ -124,6 +138,8 @@ def load(
     )
     # Before anything is downloaded: is what was asked for here?
     _check_quantization(quantization, target, backend)
+    if wanted == BFLOAT16_MATMUL:
+        _check_bfloat16_products(target, backend)
     ops = make_ops(
         target,
         backend,
@@ -193,7 +209,7 @@ def _open_weights(
             " built, or load the original checkpoint."
         )
     file = PackedFile(path / PACKED_FILE)
-    if wanted is not None and wanted != file.storage:
+    if wanted is not None and weight_kind(wanted) != file.storage:
         option = "quantization" if wanted in QUANTIZATIONS else "dtype"
         kind = QuantizationError if option == "quantization" else OptionError
         raise kind(
@@ -201,7 +217,7 @@ def _open_weights(
             f" {option} out, or load or convert the original checkpoint."
         )
     return PackedCheckpoint(file, path, config, ops.native.PackedWeights), with_storage(
-        ops, file.storage
+        ops, wanted or file.storage
     )
 
 
@@ -284,6 +300,22 @@ def _check_quantization(quantization: str | None, device: torch.device, backend:
         f"quantization={quantization!r} with {where}; only the native CPU back end computes with"
         " quantised weights. Use device='cpu', backend='auto' and the compiled module, or"
         " quantization=None."
+    )
+
+
+def _check_bfloat16_products(device: torch.device, backend: str) -> None:
+    """Refuses products of bfloat16 where float32 is as fast, or is not what is multiplied."""
+    if device.type != "cpu" or backend not in ("auto", "native"):
+        where = f"device={str(device)!r}, backend={backend!r}"
+        hint = "Elsewhere dtype='bfloat16' decides; leave matmul_precision out."
+    elif not multiplies_bfloat16():
+        where = f"the instruction set {native_isa()!r}" if has_native() else "ovfast._C not built"
+        hint = "Leave it out, or use quantization='int8'."
+    else:
+        return
+    raise BackendError(
+        f"matmul_precision='bfloat16' with {where}; it is for the native CPU back end on a CPU"
+        f" with AVX512-BF16. {hint}"
     )
 
 

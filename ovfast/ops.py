@@ -32,6 +32,7 @@ __all__ = [
     "RowTable",
     "has_native",
     "make_ops",
+    "multiplies_bfloat16",
     "native_isa",
     "with_storage",
 ]
@@ -157,7 +158,7 @@ def make_ops(
             flash-attn); "auto" takes what was measured fastest on the device, else "sdpa".
         threads: of the native back end; None takes all processors that the process may use.
         storage: how the native back end keeps the weights of linear layers: "float32", "float16",
-            "bfloat16", "int8" or "int4".
+            "bfloat16", "bfloat16-matmul", "int8" or "int4".
         quantization: "fp8" for the linear layers of the language model on the Triton back end.
 
     Returns:
@@ -209,6 +210,11 @@ def has_native() -> bool:
 def native_isa() -> str | None:
     """The instruction set of the native back end; None where it is not built."""
     return str(ops_native.native_module().isa()) if has_native() else None
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the native back end multiplies bfloat16 with bfloat16 on this CPU."""
+    return has_native() and bool(ops_native.native_module().bfloat16_products())
 
 
 def with_storage(ops: Ops, storage: str) -> Ops:

@@ -23,7 +23,7 @@ from ovfast.cpu_threads import available_threads
 from ovfast.errors import BackendError
 from ovfast.reference import PackedLinear, RowTable
 from ovfast.reference_pixels import UInt8Array
-from ovfast.storage import DTYPES, NATIVE_STORAGES
+from ovfast.storage import BFLOAT16_MATMUL, DTYPES, NATIVE_STORAGES, weight_kind
 
 __all__ = ["native_fields", "native_module", "native_pool"]
 
@@ -56,9 +56,9 @@ def native_fields(native: ModuleType, pool: Any, storage: str) -> dict[str, Any]
     Args:
         native: the compiled module.
         pool: of `native_pool`.
-        storage: of the weights, one of NATIVE_STORAGES.
+        storage: of the weights, one of NATIVE_STORAGES or BFLOAT16_MATMUL.
     """
-    assert storage in NATIVE_STORAGES
+    assert weight_kind(storage) in NATIVE_STORAGES
     own = _Native(native, pool, storage)
     names = (
         "pack_linear",
@@ -97,15 +97,16 @@ class _Native:
 
     def __init__(self, native: ModuleType, pool: Any, storage: str) -> None:
         self._native: Any = native
-        self._pool, self._storage = pool, storage
+        self._pool, self._kind = pool, weight_kind(storage)
+        self._rounds = storage == BFLOAT16_MATMUL
         self._quantizes = storage not in DTYPES
         self._linear = partial(native.linear, pool)
 
-    def _pack(self, storage: str, weights: list[Tensor], *, interleaved: bool = False) -> Any:
-        return self._native.pack(self._pool, storage, [_source(w) for w in weights], interleaved)
+    def _pack(self, kind: str, weights: list[Tensor], *, interleaved: bool = False) -> Any:
+        return self._native.pack(self._pool, kind, [_source(w) for w in weights], interleaved)
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-        packed = self._pack(self._storage, [weight])
+        packed = self._pack(self._kind, [weight])
         return PackedLinear(packed, None if bias is None else bias.float())
 
     def pack_qkv(
@@ -115,7 +116,7 @@ class _Native:
 
     def pack_gate_up(self, weight: Tensor) -> PackedLinear:
         gate, up = weight.chunk(2)
-        return PackedLinear(self._pack(self._storage, [gate, up], interleaved=True), None)
+        return PackedLinear(self._pack(self._kind, [gate, up], interleaved=True), None)
 
     def pack_embedding(self, weight: Tensor) -> PackedLinear:
         return self.pack_linear(weight)
@@ -125,7 +126,7 @@ class _Native:
 
     def pack_patch(self, weight: Tensor) -> Any:
         # Small and read once a patch: never quantised.
-        return self._pack(self._storage if self._storage in DTYPES else "float32", [weight])
+        return self._pack(self._kind if self._kind in DTYPES else "float32", [weight])
 
     def _apply(
         self,
@@ -145,7 +146,10 @@ class _Native:
         bias = None if packed.bias is None else packed.bias.numpy()
         # A padded half of an MLP is wider than its weights: the rest is zero.
         x = x[:, : weights.cols]
-        self._linear(x.numpy(), weights, bias, activation, accumulates, out.numpy(), wide_inputs)
+        arrays = (x.numpy(), weights, bias, activation, accumulates, out.numpy())
+        # A step of decoding is bound by memory: there rounding would gain nothing.
+        rounds = self._rounds and not wide_inputs
+        self._linear(*arrays, wide_inputs=wide_inputs, bfloat16_inputs=rounds)
         return out
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:

@@ -1,8 +1,9 @@
 """How weights are kept: names of storages, the bytes they take, and the options that ask for them.
 
-On the native CPU back end the storage of linear layers is a choice of its own, arithmetic is
-float32 in any case. Elsewhere it is the dtype of weights, activations and cache in one, but for
-"fp8": then the linear layers of the language model are float8 (e4m3) beside all that in a dtype.
+On the native CPU back end the storage of linear layers is a choice of its own, activations and
+cache are float32 in any case; "bfloat16-matmul" is bfloat16 whose products are of bfloat16, too.
+Elsewhere it is the dtype of weights, activations and cache in one, but for "fp8": then the linear
+layers of the language model are float8 (e4m3) beside all that in a dtype.
 """
 
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from ovfast.errors import OptionError, QuantizationError
 
 __all__ = [
+    "BFLOAT16_MATMUL",
     "DTYPES",
     "GROUPS",
+    "MATMUL_PRECISIONS",
     "NATIVE_STORAGES",
     "QUANTIZATIONS",
     "STORAGES",
@@ -21,6 +24,7 @@ __all__ = [
     "dtype_name",
     "load_options",
     "wanted_storage",
+    "weight_kind",
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,7 +32,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 GROUPS = {"int8": 128, "int4": 32}
 QUANTIZATIONS = (*GROUPS, "fp8")
 NATIVE_STORAGES = (*DTYPES, *GROUPS)
-STORAGES = (*DTYPES, *QUANTIZATIONS)
+BFLOAT16_MATMUL = "bfloat16-matmul"
+MATMUL_PRECISIONS = ("float32", "bfloat16")
+STORAGES = (*DTYPES, BFLOAT16_MATMUL, *QUANTIZATIONS)
 _BITS = {"int8": 8, "int4": 4}
 _SCALE_BYTES = 2
 
@@ -43,7 +49,12 @@ def bytes_per_param(storage: str) -> float:
         return 1.0
     if storage in GROUPS:
         return _BITS[storage] / 8 + _SCALE_BYTES / GROUPS[storage]
-    return DTYPES[storage].itemsize
+    return DTYPES[weight_kind(storage)].itemsize
+
+
+def weight_kind(storage: str) -> str:
+    """How a storage keeps weights, whatever they are multiplied with."""
+    return "bfloat16" if storage == BFLOAT16_MATMUL else storage
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -55,19 +66,32 @@ def load_options(storage: str) -> dict[str, str | None]:
     """The options of `load` that ask for a storage."""
     if storage in QUANTIZATIONS:
         return {"dtype": "auto", "quantization": storage}
+    if storage == BFLOAT16_MATMUL:
+        return {"dtype": "bfloat16", "quantization": None, "matmul_precision": "bfloat16"}
     return {"dtype": storage, "quantization": None}
 
 
-def wanted_storage(dtype: Any, quantization: Any) -> str | None:
-    """The storage that two options of `load` ask for together; None leaves it to the checkpoint.
+def wanted_storage(dtype: Any, quantization: Any, matmul_precision: Any = "float32") -> str | None:
+    """The storage that options of `load` ask for together; None leaves it to the checkpoint.
 
     Beside quantization="fp8" it is that of all that fp8 leaves alone.
 
     Raises:
-        OptionError: an unknown dtype, or one beside a quantisation.
+        OptionError: an unknown dtype, or one beside a quantisation; an unknown precision, or one
+            that is not for the others.
         QuantizationError: an unknown quantisation.
     """
     name = _dtype_option(dtype)
+    if matmul_precision not in MATMUL_PRECISIONS:
+        allowed = " or ".join(map(repr, MATMUL_PRECISIONS))
+        raise OptionError(f"matmul_precision={matmul_precision!r}; expected {allowed}.")
+    if matmul_precision == "bfloat16":
+        if quantization is not None or name not in (None, "bfloat16"):
+            raise OptionError(
+                f"matmul_precision='bfloat16' with dtype={dtype!r}, quantization={quantization!r};"
+                " it multiplies weights in bfloat16. Leave both out, or matmul_precision."
+            )
+        return BFLOAT16_MATMUL
     if quantization is None:
         return name
     if not isinstance(quantization, str) or quantization not in QUANTIZATIONS:

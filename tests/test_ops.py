@@ -16,6 +16,7 @@ from ovfast import ops as ops_module
 from ovfast import reference, reference_pixels
 from ovfast.errors import BackendError, CheckpointError, OptionError
 from ovfast.ops import OPERATIONS, Ops, PackedLinear, make_ops
+from ovfast.storage import BFLOAT16_MATMUL
 from tests.support.accuracy import assert_two_times_rule
 from tests.support.devices import requires_cuda
 
@@ -114,7 +115,7 @@ def test_auto_takes_the_native_module_and_says_what_is_left(caplog):
     assert record.getMessage().endswith("from reference: nothing")
 
 
-@pytest.mark.parametrize("storage", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("storage", ["bfloat16", BFLOAT16_MATMUL, "int8", "int4"])
 def test_attention_is_quantized_where_weights_are(storage):
     """In the tower and a prefill; a token that is decoded reads the cache and multiplies little."""
     native = pytest.importorskip("ovfast._C", reason="the native extension is not built")

@@ -14,6 +14,8 @@ import torch
 from ovfast import BackendError, CapacityError, Engine
 from ovfast.models.qwen2 import Qwen2
 from ovfast.models.siglip import SiglipTower
+from ovfast.ops import multiplies_bfloat16
+from ovfast.storage import BFLOAT16_MATMUL
 from tests.support.calls import note_calls
 from tests.support.engines import REQUESTS, free_slots, open_engine
 
@@ -29,6 +31,8 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "int8": {"quantization": "int8"},
     "reference": {"backend": "reference"},
 }
+if multiplies_bfloat16():
+    BACKENDS[BFLOAT16_MATMUL] = {"matmul_precision": "bfloat16"}
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,15 @@ from safetensors.torch import load_file, save_file
 
 import ovfast
 from ovfast.config import ModelConfig
+from ovfast.ops import multiplies_bfloat16
+from ovfast.storage import BFLOAT16_MATMUL, load_options
 from tests.support.checkpoints import CheckpointSpec
 from tests.support.engines import REQUESTS, open_engine
 from tools.evaluate_demo import evaluate
 
 pytest.importorskip("ovfast._C", reason="the native extension is not built")
 
-LOSSES = {"int8": 1.0, "int4": 3.0}  # points of exact answers
+LOSSES = {"int8": 1.0, "int4": 3.0, BFLOAT16_MATMUL: 0.5}  # points of exact answers
 COSINES = {"int8": 0.99, "int4": 0.95}  # of logits with those of exact weights
 DEMO = Path(ovfast.__file__).parent / "demo"
 FAR = 100.0  # an outlier channel is so many times the others
@@ -26,12 +28,13 @@ FAR = 100.0  # an outlier channel is so many times the others
 @pytest.mark.slow
 def test_losses_of_the_demo_model() -> None:
     shares = {}
-    for quantization in (None, *LOSSES):
-        with ovfast.load("demo", device="cpu", quantization=quantization) as engine:
+    kept = [name for name in LOSSES if name != BFLOAT16_MATMUL or multiplies_bfloat16()]
+    for storage in ("bfloat16", *kept):
+        with ovfast.load("demo", device="cpu", **load_options(storage)) as engine:
             rows = [row for row in evaluate(engine, 150) if row.kind != "detail, base view only"]
-        shares[quantization] = 100 * float(np.mean([row.share for row in rows]))
-    for quantization, most in LOSSES.items():
-        assert shares[None] - shares[quantization] <= most, shares
+        shares[storage] = 100 * float(np.mean([row.share for row in rows]))
+    for storage in kept:
+        assert shares["bfloat16"] - shares[storage] <= LOSSES[storage], shares
 
 
 def plant_outliers(source: Path, target: Path) -> None:

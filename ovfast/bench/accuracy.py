@@ -17,8 +17,8 @@ from ovfast.engine import Engine
 from ovfast.errors import OptionError, OVFastError
 from ovfast.loading import load
 from ovfast.media import load_image
-from ovfast.ops import has_native
-from ovfast.storage import GROUPS, load_options
+from ovfast.ops import has_native, multiplies_bfloat16
+from ovfast.storage import BFLOAT16_MATMUL, GROUPS, load_options
 
 __all__ = ["Variant", "default_variants", "run_accuracy"]
 
@@ -43,6 +43,8 @@ def default_variants(device: str) -> list[Variant]:
     if device == "cuda":
         return [Variant("reference", "float32"), Variant("triton", "bfloat16")]
     native = ("float32", "bfloat16", *GROUPS) if has_native() else ()
+    if multiplies_bfloat16():
+        native = (*native, BFLOAT16_MATMUL)
     return [Variant("reference", "float32"), *(Variant("native", name) for name in native)]
 
 

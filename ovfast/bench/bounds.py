@@ -22,7 +22,7 @@ from ovfast.roofline import (
     request_stages,
     tower_stage,
 )
-from ovfast.storage import bytes_per_param
+from ovfast.storage import BFLOAT16_MATMUL, bytes_per_param
 
 __all__ = ["Bound", "Bounds"]
 
@@ -114,7 +114,10 @@ class Bounds:
         return Bound(floor, None, flops, num_bytes)
 
     def _machine(self, spec: SideSpec) -> Machine:
-        machine = self._calibration.machine(spec.storage)
+        # On a CPU peers multiply what is bfloat16 as it is, where the CPU can.
+        is_peer = spec.side != "ovfast" and self._target.device.type == "cpu"
+        multiplies = is_peer and spec.storage == "bfloat16"
+        machine = self._calibration.machine(BFLOAT16_MATMUL if multiplies else spec.storage)
         if self._config.num_parameters * bytes_per_param(spec.storage) <= CACHE_BYTES:
             machine = replace(machine, read_gb_per_s=math.inf)
         return machine if spec.side == "ovfast" else replace(machine, rates=None)

@@ -36,7 +36,7 @@ from ovfast.roofline import (
     tower_stage,
 )
 from ovfast.stage_cost import Rates, StageRates
-from ovfast.storage import GROUPS, bytes_per_param, load_options
+from ovfast.storage import BFLOAT16_MATMUL, GROUPS, bytes_per_param, load_options
 
 __all__ = ["Calibration", "calibrate", "measure_machine"]
 
@@ -72,9 +72,13 @@ class Calibration:
         limits = self.limits
         exact = limits.bfloat16_gflops if self.device == "cuda" else limits.float32_gflops
         assert exact is not None
-        gflops = max(exact, limits.int8_gops or 0.0) if storage in GROUPS else exact
+        gflops = exact
+        if storage in GROUPS:
+            gflops = max(exact, limits.int8_gops or 0.0)
+        elif storage == BFLOAT16_MATMUL:
+            gflops = max(exact, limits.bfloat16_gflops or 0.0)
         # Quantised attention multiplies 16 bits: two products in the lane of one in float32.
-        attention = 2 * exact if storage in GROUPS else exact
+        attention = 2 * exact if storage in (*GROUPS, BFLOAT16_MATMUL) else exact
         if storage == "fp8":
             gflops = 2 * exact  # of tensor cores, beside bfloat16; attention is not float8
         read = max(limits.read_gb_per_s.values())
@@ -107,7 +111,8 @@ def calibrate(
         device: as for `ovfast.load`.
         backend: as for `ovfast.load`.
         threads: as for `ovfast.load`, and of torch.
-        storages: of weights: "float32", "bfloat16", "float16", "int8", "int4".
+        storages: of weights: "float32", "bfloat16", "float16", "bfloat16-matmul", "int8",
+            "int4".
 
     Raises:
         BackendError, QuantizationError: what is asked for is not here.

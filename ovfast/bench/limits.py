@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ovfast.ops import Ops, PackedLinear, make_ops
+from ovfast.ops import Ops, PackedLinear, make_ops, multiplies_bfloat16
+from ovfast.storage import BFLOAT16_MATMUL
 
 __all__ = ["Limits", "best_of", "best_seconds", "measure_limits", "seconds"]
 
@@ -32,7 +33,7 @@ class Limits:
     Attributes:
         read_gb_per_s: by number of threads; on CUDA under "copy", reads and writes together.
         float32_gflops, int8_gops: of products on a CPU; int8 None where no kernel multiplies it.
-        bfloat16_gflops: of products on CUDA.
+        bfloat16_gflops: of products on CUDA, or on a CPU that has them.
         launch_us: of a kernel that does nothing, on CUDA.
     """
 
@@ -110,15 +111,18 @@ def _cpu_limits(threads: int) -> Limits:
     cpu = torch.device("cpu")
     x, weight = torch.randn(ROWS, INNER), torch.randn(OUTER, INNER)
     times = [best_seconds(lambda: x @ weight.t(), cpu)]
-    int8_times = []
+    int8_times, bfloat16_times = [], []
     ops = make_ops(cpu, "auto", threads=threads)
     if ops.native is not None:
         times.append(_product_seconds("float32", threads, x, weight))
         int8_times = [_product_seconds(kind, threads, x, weight) for kind in ("int8", "int4")]
+        if multiplies_bfloat16():
+            bfloat16_times = [_product_seconds(BFLOAT16_MATMUL, threads, x, weight)]
     return Limits(
         read_gb_per_s={str(count): _read_rate(ops, count) for count in sorted({1, threads})},
         float32_gflops=PRODUCT_FLOPS / min(times) / 1e9,
         int8_gops=PRODUCT_FLOPS / min(int8_times) / 1e9 if int8_times else None,
+        bfloat16_gflops=PRODUCT_FLOPS / min(bfloat16_times) / 1e9 if bfloat16_times else None,
     )
 
 

@@ -34,6 +34,7 @@ STORAGES = {
     "float32": "#444c5c",
     "bfloat16": "#3a7ca5",
     "float16": "#7fb069",
+    "bfloat16-matmul": "#2a9d8f",
     "int8": "#d1603d",
     "int4": "#8e5ea2",
     "fp8": "#c75146",

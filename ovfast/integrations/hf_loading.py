@@ -17,6 +17,7 @@ __all__ = ["LOAD_OPTIONS", "NO_EFFECT_LOADING", "import_transformers", "load_pre
 LOAD_OPTIONS = (
     "backend",
     "quantization",
+    "matmul_precision",
     "threads",
     "max_seq_len",
     "max_batch_size",

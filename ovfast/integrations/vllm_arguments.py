@@ -20,6 +20,7 @@ HONOURED = {
     # ovfast's own
     "device": "device",
     "backend": "backend",
+    "matmul_precision": "matmul_precision",
     "threads": "threads",
     "attention": "attention",
     "visual": "visual",

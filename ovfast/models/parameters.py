@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ovfast.ops import Ops, PackedLinear
 from ovfast.reference_pixels import patch_offset
-from ovfast.storage import DTYPES
+from ovfast.storage import DTYPES, weight_kind
 
 
 class Weights(Protocol):
@@ -71,7 +71,7 @@ class Loader:
         if packed is not None:
             return packed, self.tensor(f"{name}.patch_embedding.offset", torch.float32)
         # The sum of the weights is part of the offset, so they are rounded before.
-        dtype = DTYPES.get(self.ops.storage, self.dtype)
+        dtype = DTYPES.get(weight_kind(self.ops.storage), self.dtype)
         weight = self.tensor(f"{name}.patch_embedding.weight", dtype)
         bias = self.tensor(f"{name}.patch_embedding.bias", torch.float32)
         position_embedding = self.tensor(f"{name}.position_embedding", torch.float32)

@@ -90,6 +90,7 @@ def linear(m: Maker) -> Arguments:
         "accumulates": m.one_of(False, True),
         "out": m.floats(num_rows, rows),
         "wide_inputs": m.one_of(False, True),
+        "bfloat16_inputs": m.one_of(False, weights.kind == "bfloat16", True),
     }
 
 

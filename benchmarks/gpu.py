@@ -7,7 +7,7 @@ decode      a decode step by rows and context, beside its floor and transformers
 ttft        first token from encoded bytes, against transformers
 tower       SigLIP at 1 to 37 views, against transformers (sdpa), eager and by graphs
 vision      decoded picture or clip to rows of the language model's input, preprocessing included
-preprocess  decoded picture to device pixels, against transformers' processors
+preprocess  decoded picture or clip to device pixels, against transformers' processors
 prefill     the language model by length of the prompt and by attention, against transformers
 kernels     each kernel of the vision half at the model's shapes, against what torch has
 gemv        each kernel of a decode step by rows, against cuBLAS

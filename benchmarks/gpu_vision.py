@@ -8,6 +8,7 @@ and the variant "same size" tells what a repeated size takes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ PICTURES_HW = ((384, 384), (480, 640), (768, 1024), (1080, 1920))
 NUM_FRAMES, FRAME_HW = 32, (360, 640)
 REPEATS, WARM = 8, 2  # transformers takes 0.1 s and more
 NEW_SIZES = REPEATS + WARM
+Upstream = dict[str, Callable[[np.ndarray], Any]]
 
 
 @torch.inference_mode()
@@ -127,42 +129,47 @@ def clip_pixels(bench: Bench, frames: Any) -> torch.Tensor:
 
 @torch.inference_mode()
 def preprocess(bench: Bench) -> None:
-    """Decoded picture to pixels on the device; transformers' Pillow and fast processors."""
-    processors: dict[str, Callable[[], Any]] = {"transformers": lambda: bench.pil_processor}
+    """Decoded picture or clip to pixels on the device; transformers' Pillow and fast processors."""
+    upstream: Upstream = {"transformers": partial(_processed, bench, bench.pil_processor)}
     try:
         fast = gpu_models.fast_processor(bench.files)
-        processors["transformers-fast"] = lambda: fast
+        upstream["transformers-fast"] = partial(_processed, bench, fast, device=str(bench.device))
     except (ImportError, AttributeError, OSError) as error:
         bench.failed("preprocess", "transformers-fast", error)
     for size_hw in PICTURES_HW:
         name = f"preprocess {size_hw[1]}x{size_hw[0]}"
-        bench.each(name, _race_preprocess, size_hw, processors)
+        bench.each(name, _race_preprocess, name, size_hw, 0, upstream)
+    name, by_pillow = f"preprocess {NUM_FRAMES} frames", partial(clip_pixels, bench)
+    bench.each(name, _race_preprocess, name, FRAME_HW, NUM_FRAMES, {"transformers": by_pillow})
 
 
-def _race_preprocess(bench: Bench, size_hw: tuple[int, int], processors: dict[str, Any]) -> None:
+def _processed(bench: Bench, processor: Any, pixels: np.ndarray, **options: Any) -> torch.Tensor:
+    made = processor([pixels], return_tensors="pt", **options)
+    return made["pixel_values"].to(bench.device, bench.dtype)
+
+
+def _race_preprocess(
+    bench: Bench, name: str, size_hw: tuple[int, int], num_frames: int, upstream: Upstream
+) -> None:
+    frames = (num_frames,) if num_frames else ()
+
     def make(index: int) -> tuple[np.ndarray, Any]:
-        pixels = random_pixels(*sizes(size_hw, index))
+        pixels = random_pixels(*frames, *sizes(size_hw, index))
         return pixels, bench.plan(pixels)
 
     def ours(pixels: np.ndarray, plan: Any) -> Any:
         return bench.model._pixel_loader.load([pixels], [plan])
-
-    def upstream(name: str, pixels: np.ndarray) -> torch.Tensor:
-        options = {"device": str(bench.device)} if name == "transformers-fast" else {}
-        made = processors[name]()([pixels], return_tensors="pt", **options)
-        return made["pixel_values"].to(bench.device, bench.dtype)
 
     new, same = cycled(make, NEW_SIZES), make(0)
     works: dict[str, Callable[[], Any]] = {
         "ovfast": lambda: ours(*next(new)),
         "same size": lambda: ours(*same),
     }
-    for name in processors:
-        pictures = cycled(make, NEW_SIZES)
-        works[name] = lambda name=name, pictures=pictures: upstream(name, next(pictures)[0])
-    name = f"preprocess {size_hw[1]}x{size_hw[0]}"
+    for side, run in upstream.items():
+        others = cycled(make, NEW_SIZES)
+        works[side] = lambda run=run, others=others: run(next(others)[0])
     samples = bench.time_host(name, works, repeats=REPEATS, warm=WARM)
-    num_bytes = 3.0 * size_hw[0] * size_hw[1] + 3.0 * same[1].num_views * _view_pixels(bench)
+    num_bytes = float(same[0].nbytes) + 3.0 * same[1].num_views * _view_pixels(bench)
     bench.race("latency", name, samples, metric="preprocess_ms", num_bytes=num_bytes)
 
 

@@ -94,7 +94,7 @@ class Engine(EngineBase):
         started = time.perf_counter()
         params = make_sampling(sampling, sampling_kwargs)
         is_batch, items = batch_items(prompt, images, videos, media)
-        laid_out = [self._inputs(item, visual, system, raw) for item in items]
+        laid_out = self._inputs(items, visual, system, raw)
         outputs = self._answer(laid_out, [params] * len(laid_out), started)
         return outputs if is_batch else outputs[0]
 

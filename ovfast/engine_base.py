@@ -6,9 +6,10 @@ are `engine`.
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -16,18 +17,32 @@ import torch
 from ovfast.anyres import VisualOptions
 from ovfast.cuda_graphs import GraphCache
 from ovfast.encoded_media import DEFAULT_ENCODED_BYTES, EncodedMedia, EncodedStore
-from ovfast.errors import CapacityError, OptionError, PromptError
+from ovfast.errors import CapacityError, OptionError, OVFastError, PromptError
 from ovfast.media import MediaLimits
+from ovfast.media_sources import decoding
 from ovfast.models.llava_onevision import LlavaOnevision
 from ovfast.ops import Ops
 from ovfast.options import Item, batch_items, check_inputs, visual_options
 from ovfast.outputs import GenerationOutput
 from ovfast.processor import ModelInputs, Processor
+from ovfast.reference_pixels import UInt8Array
 from ovfast.request import Request
 from ovfast.row_runner import make_runner
 from ovfast.sampling import SamplingParams
 from ovfast.scheduler import Loaded, Scheduler
 from ovfast.storage import dtype_name
+
+
+class _Begun(NamedTuple):
+    """A request whose prompt has been read.
+
+    Attributes:
+        images: sources of its pictures.
+        finish: lays it out; takes as many decoded ones.
+    """
+
+    images: Sequence[Any]
+    finish: Callable[[Iterator[UInt8Array]], ModelInputs]
 
 
 class EngineBase:
@@ -102,25 +117,40 @@ class EngineBase:
             ModelInputs, which `generate`, `stream`, `score`, `choose`, `encode` and `forward` take
             in place of a prompt.
         """
+        begun = self._begin(Item(prompt, images, videos, media), visual, system, raw)
+        return self._finish([begun], visual)[0]
+
+    def _begin(
+        self, item: Item, visual: VisualOptions | None, system: str | None, raw: bool
+    ) -> _Begun:
+        """Reads the prompt of one request."""
         self._scheduler.loaded()
+        prompt, images, videos, media = item
         if media is not None:
             if any(given is not None for given in (images, videos, visual)):
                 raise OptionError(
                     "media= a handle with images, videos or visual; it stands for all of them. Pass"
                     " one or the other."
                 )
-            return self._over_handle(prompt, media, system, raw)
-        return self._processor.prepare(
-            prompt,
-            images=images,
-            videos=videos,
+            inputs = self._over_handle(prompt, media, system, raw)
+            return _Begun([], lambda pictures: inputs)
+        build = partial(
+            self._processor.build,
             visual=visual_options(visual, self.visual),
             limits=self.media_limits,
-            system=system,
-            raw=raw,
             pack=self.ops.pack_views,
             lazy_views=self.ops.reads_pictures,
         )
+        draft = self._processor.read(prompt, images=images, videos=videos, system=system, raw=raw)
+        return _Begun(draft.images, partial(build, draft))
+
+    def _finish(self, begun: Sequence[_Begun], visual: VisualOptions | None) -> list[ModelInputs]:
+        """Lays requests out in order; their encoded pictures are decoded side by side meanwhile."""
+        sources = [source for each in begun for source in each.images]
+        # Of another type it was refused before: then there are no sources.
+        exif = (visual if isinstance(visual, VisualOptions) else self.visual).exif
+        with decoding(sources, limits=self.media_limits, exif=exif) as pictures:
+            return [each.finish(pictures) for each in begun]
 
     def _over_handle(
         self, prompt: Any, media: EncodedMedia, system: str | None, raw: bool
@@ -166,29 +196,35 @@ class EngineBase:
                 f"{name}() got a batch of prompts; it takes one prompt. Use generate(), or call"
                 f" {name}() for each."
             )
-        return self._inputs(items[0], visual, system, raw)
+        return self._inputs(items, visual, system, raw)[0]
 
     def _inputs(
+        self, items: Sequence[Item], visual: VisualOptions | None, system: str | None, raw: bool
+    ) -> list[ModelInputs]:
+        """The inputs of some requests; the first that is not as it should be says so."""
+        begun: list[_Begun] = []
+        try:
+            for item in items:
+                begun.append(self._begin_or_take(item, visual, system, raw))  # noqa: PERF401 - kept
+        except OVFastError:
+            self._finish(begun, visual)  # media of a request before it may be wrong
+            raise
+        return self._finish(begun, visual)
+
+    def _begin_or_take(
         self, item: Item, visual: VisualOptions | None, system: str | None, raw: bool
-    ) -> ModelInputs:
+    ) -> _Begun:
+        """As `_begin`, of ModelInputs too."""
         prompt, images, videos, media = item
         if not isinstance(prompt, ModelInputs):
-            return self.prepare(
-                prompt,
-                images=images,
-                videos=videos,
-                media=media,
-                visual=visual,
-                system=system,
-                raw=raw,
-            )
+            return self._begin(item, visual, system, raw)
         if any(given is not None for given in (images, videos, media, visual, system)) or raw:
             raise OptionError(
                 "ModelInputs with images, videos, media, visual, system or raw; they are already"
                 " part of the inputs. Pass them to prepare() instead."
             )
         self._check_inputs(prompt)
-        return prompt
+        return _Begun([], lambda pictures: prompt)
 
     def _request(self, inputs: ModelInputs, params: SamplingParams, started: float) -> Request:
         self._check_capacity(inputs.num_tokens, params.max_new_tokens or 1)

@@ -19,6 +19,7 @@ from ovfast.cuda_graphs import DEFAULT_GRAPH_BYTES, CudaCapture, GraphCache
 from ovfast.encoded_media import DEFAULT_ENCODED_BYTES
 from ovfast.engine import Engine
 from ovfast.errors import BackendError, CapacityError, OptionError, QuantizationError
+from ovfast.home_stream import use_device
 from ovfast.kv_cache import kv_bytes_per_token
 from ovfast.media import MediaLimits
 from ovfast.models.llava_onevision import LlavaOnevision
@@ -78,7 +79,7 @@ def load(
     Args:
         model: a directory (lmms-lab or Hugging Face layout, safetensors), a Hub id, or ``"demo"``.
         device: "auto" (CUDA where there is one, else CPU; of a packed directory CPU), "cpu", "cuda"
-            or "cuda:N".
+            (the current device of this thread, for good) or "cuda:N".
         dtype: "float32", "bfloat16", "float16": of weights, activations and cache; on the native
             back end of the weights of linear layers alone, the rest is float32. "auto" is bfloat16
             on CUDA, the checkpoint's own on the native back end, float32 in plain torch on a CPU.
@@ -222,14 +223,14 @@ def _open_weights(
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device of a name.
+    """The device of a name; of a CUDA device with its index, as threads differ in which is current.
 
     Raises:
         OptionError: not a device name.
         BackendError: no such device here, or a kind of device that ovfast has no operations for.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         target = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -244,6 +245,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
             f"device={device!r}, but {found} CUDA devices were found. Use"
             " device='cpu', or check the driver."
         )
+    if target.type == "cuda" and target.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return target
 
 
@@ -344,9 +347,12 @@ def _check_memory(weight_bytes: int, cache_bytes: int, device: torch.device) -> 
 def _build(
     build: Callable[[], Engine], weight_bytes: int, cache_bytes: int, device: torch.device
 ) -> Engine:
-    """Calls `build`; where it fails, what it had built is freed, also while the error is kept."""
+    """Calls `build` with its device current; where it fails, what it had built is freed, also while
+    the error is kept.
+    """
     try:
-        return build()
+        with use_device(device):
+            return build()
     except Exception as error:
         free_frames(error)
         if is_out_of_memory(error):

@@ -15,8 +15,6 @@ import stat
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -27,9 +25,7 @@ from ovfast.errors import MediaError
 from ovfast.media_limits import MediaLimits, check_clip, check_pixels
 from ovfast.video_file import choose_frames, decode_clip
 
-__all__ = ["MediaLimits", "choose_frames", "load_image", "load_images", "load_video"]
-
-MAX_DECODE_THREADS = 8
+__all__ = ["MediaLimits", "choose_frames", "load_image", "load_video"]
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -54,33 +50,6 @@ _CLIPS = (
     "a path, encoded bytes, a uint8 array or tensor (frames, height, width, 3), or a list of frames"
 )
 _DEFAULT_LIMITS = MediaLimits()
-
-
-def load_images(
-    sources: Sequence[object], *, limits: MediaLimits = _DEFAULT_LIMITS, exif: bool = True
-) -> list[UInt8Array]:
-    """Load pictures as `load_image` does, side by side where there are several.
-
-    Pillow decodes outside the GIL: four JPEGs of 1024×768 take 0.74 of the time on two cores.
-
-    Args:
-        sources: each as `load_image` takes it.
-        limits: as in `load_image`.
-        exif: as in `load_image`.
-
-    Returns:
-        The pictures, in order.
-
-    Raises:
-        MediaError: of the first source that is not as it should be.
-    """
-    load = partial(load_image, limits=limits, exif=exif)
-    threads = min(len(sources), len(os.sched_getaffinity(0)), MAX_DECODE_THREADS)
-    # An open PIL image is one decoder over one file: two threads must not share it.
-    if threads < 2 or any(isinstance(source, Image.Image) for source in sources):
-        return [load(source) for source in sources]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(load, sources))
 
 
 def load_image(

@@ -272,8 +272,12 @@ class _Native:
         offset: int = 0,
         fill: int = 0,
     ) -> Tensor:
-        arrays = (source.numpy(), first.numpy(), coefficients.numpy())
-        self._native.resample(self._pool, *arrays, axis, out.numpy(), offset, fill)
+        table = (first.numpy(), coefficients.numpy())
+        pairs = [(source, out)] if source.ndim == 3 else zip(source, out, strict=True)
+        for frame, target in pairs:
+            self._native.resample(
+                self._pool, frame.numpy(), *table, axis, target.numpy(), offset, fill
+            )
         return out
 
     def patch_embed(

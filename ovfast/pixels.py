@@ -22,7 +22,10 @@ from ovfast.staging import Staging, to_device
 __all__ = ["PixelLoader", "Pixels", "view_pixels"]
 
 TABLES_KEPT = 256  # resize tables on the device: a few tens of KB each
-ALIGNMENT = 16  # bytes; where a picture starts in the buffer
+# Frames of a clip that are copied and resized at once, 45 of 640 × 360: it bounds what they take
+# of pinned memory, twice, and of the device; the host fills the next ones beside the copy.
+GROUP_BYTES = 32 << 20
+ALIGNMENT = 16  # bytes; where a picture or a clip starts in the buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,32 +88,33 @@ class PixelLoader:
         windows = self._staging.upload(np.array(layout.windows, np.int64))
         regions = iter(layout.regions)
         for pixels, plan in zip(media, plans, strict=True):
-            for picture in pixels if plan.kind == "video" else (pixels,):
-                source = self._staging.upload(picture)
-                for _ in range(_pictures_of(plan)):
-                    self._fill(source, plan, next(regions), buffer)
+            frames = pixels if plan.kind == "video" else pixels[None]
+            outs = [next(regions).frames(buffer) for _ in range(_pictures_of(plan))]
+            for some in _groups(frames.shape, plan.image_size):
+                source = self._staging.upload(frames[some])
+                for out in outs:
+                    self._fill(source, plan, out[some])
         return Pixels(buffer, windows)
 
-    def _fill(self, source: Tensor, plan: VisualPlan, region: "_Region", buffer: Tensor) -> None:
-        """Resizes a picture into its region of the buffer."""
-        height, width = region.size_hw
-        out = buffer[region.offset : region.offset + height * width * 3].view(height, width, 3)
-        canvas_hw, offset_hw = (source.shape[0], source.shape[1]), (0, 0)
+    def _fill(self, source: Tensor, plan: VisualPlan, out: Tensor) -> None:
+        """Resizes frames (frames, height, width, 3) into their part of the buffer."""
+        source_hw, size_hw = source.shape[1:3], out.shape[1:3]
+        canvas_hw, offset_hw = (source_hw[0], source_hw[1]), (0, 0)
         if plan.kind == "square":
             canvas_hw, offset_hw = plan.canvas_hw, plan.offset_hw
         axes = [
             axis
-            for axis in ((0, 1) if vertical_first(canvas_hw, region.size_hw) else (1, 0))
-            if canvas_hw[axis] != region.size_hw[axis] or source.shape[axis] != canvas_hw[axis]
+            for axis in ((0, 1) if vertical_first(canvas_hw, (size_hw[0], size_hw[1])) else (1, 0))
+            if canvas_hw[axis] != size_hw[axis] or source_hw[axis] != canvas_hw[axis]
         ]
         if not axes:
             out.copy_(source)
         for position, axis in enumerate(axes):
             shape = list(source.shape)
-            shape[axis] = region.size_hw[axis]
+            shape[axis - 3] = size_hw[axis]
             is_last = position == len(axes) - 1
             target = out if is_last else torch.empty(shape, dtype=torch.uint8, device=out.device)
-            first, coefficients = self._table(canvas_hw[axis], region.size_hw[axis])
+            first, coefficients = self._table(canvas_hw[axis], size_hw[axis])
             source = self._ops.resample(
                 source, first, coefficients, axis, target, offset=offset_hw[axis], fill=plan.fill
             )
@@ -122,6 +126,16 @@ def _device_table(device: torch.device, size_in: int, size_out: int) -> tuple[Te
     return to_device(first, device), to_device(coefficients, device)
 
 
+def _groups(shape: Sequence[int], side: int) -> Iterator[slice]:
+    """Frames that are resized at once to (side, side); shape: (frames, height, width, 3)."""
+    num_frames, height, width, _ = shape
+    # Pixels before, between and after the passes, whichever comes first.
+    frame_bytes = 3 * max(height, side) * max(width, side)
+    size = max(1, GROUP_BYTES // frame_bytes)
+    for first in range(0, num_frames, size):
+        yield slice(first, first + size)
+
+
 def _pictures_of(plan: VisualPlan) -> int:
     """Resized pictures that one source is made into: the base view, and what crops are cut from."""
     return 1 + plan.has_crops
@@ -129,10 +143,20 @@ def _pictures_of(plan: VisualPlan) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Region:
-    """A resized picture in the buffer."""
+    """A resized picture in the buffer, or the frames of a clip one behind another."""
 
     offset: int
     size_hw: tuple[int, int]
+    num_frames: int
+
+    @property
+    def frame_bytes(self) -> int:
+        return 3 * self.size_hw[0] * self.size_hw[1]
+
+    def frames(self, buffer: Tensor) -> Tensor:
+        """(frames, height, width, 3) of the buffer."""
+        own = buffer[self.offset : self.offset + self.num_frames * self.frame_bytes]
+        return own.view(self.num_frames, *self.size_hw, 3)
 
 
 class _Layout:
@@ -145,8 +169,9 @@ class _Layout:
 
     def add(self, plan: VisualPlan) -> None:
         side = plan.image_size
-        for _ in range(max(1, plan.num_frames)):
-            self._window(self._region((side, side)), 0, 0, plan.fill)
+        region = self._region((side, side), max(1, plan.num_frames))
+        for frame in range(region.num_frames):
+            self._window(region, 0, 0, plan.fill, frame)
         if plan.has_crops:
             region = self._region(plan.resized_hw)
             (rows, cols), (top, left) = plan.grid_hw, plan.offset_hw
@@ -154,13 +179,14 @@ class _Layout:
                 for col in range(cols):
                     self._window(region, row * side - top, col * side - left, plan.fill)
 
-    def _region(self, size_hw: tuple[int, int]) -> _Region:
-        region = _Region(self.num_bytes, size_hw)
+    def _region(self, size_hw: tuple[int, int], num_frames: int = 1) -> _Region:
+        region = _Region(self.num_bytes, size_hw, num_frames)
         self.regions.append(region)
-        num_bytes = size_hw[0] * size_hw[1] * 3
+        num_bytes = num_frames * region.frame_bytes
         self.num_bytes += -(-num_bytes // ALIGNMENT) * ALIGNMENT
         return region
 
-    def _window(self, region: _Region, top: int, left: int, fill: int) -> None:
+    def _window(self, region: _Region, top: int, left: int, fill: int, frame: int = 0) -> None:
         height, width = region.size_hw
-        self.windows.append((region.offset, 3 * width, height, width, top, left, fill))
+        offset = region.offset + frame * region.frame_bytes
+        self.windows.append((offset, 3 * width, height, width, top, left, fill))

@@ -1,11 +1,13 @@
 """From a prompt and its media to ModelInputs: ids with explicit visual spans, plans, views.
 
-Token counts come from plans, never from pixels: `layout` needs sizes only, and `prepare` lays out
-the same way before it builds views. Prompts and templates: chat.py. Text: text_tokenizer.py.
+Token counts come from plans, never from pixels: `layout` needs sizes only, and `build` lays out the
+same way before it builds views. Between `read` and `build` the caller has the pictures decoded, of
+one prompt or of several. Prompts and templates: chat.py. Text: text_tokenizer.py.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,17 +30,17 @@ from ovfast.config import ModelConfig
 from ovfast.errors import CheckpointError, PromptError
 from ovfast.image import Pack, build_media_views
 from ovfast.media import MediaLimits
-from ovfast.media_sources import image_list, load_media, take_sources, video_list
+from ovfast.media_sources import image_list, load_clips, take_sources, video_list
 from ovfast.model_inputs import ModelInputs, VisualSpan
 from ovfast.text_tokenizer import IncrementalDecoder, TextTokenizer
 
-__all__ = ["IncrementalDecoder", "ModelInputs", "Processor", "VisualSpan"]
+__all__ = ["Draft", "IncrementalDecoder", "ModelInputs", "Processor", "VisualSpan"]
 
 SizeHW = tuple[int, int]
 
 
-class _Layout(NamedTuple):
-    """A prompt in segments, and the sources of its media in the order of the segments."""
+class Draft(NamedTuple):
+    """A prompt in segments, and the sources or sizes of its media in the order of the segments."""
 
     segments: list[Segment]
     images: list[Any]
@@ -139,10 +141,10 @@ class Processor:
         raw: bool = False,
         bare: bool = False,
     ) -> tuple[NDArray[np.int64], tuple[VisualSpan, ...], tuple[VisualPlan, ...]]:
-        """Lay a prompt out from sizes alone; the same ids and plans as `prepare`.
+        """Lay a prompt out from sizes alone; the same ids and plans as `build`.
 
         Args:
-            prompt: as for `prepare`; sources inside a chat's media parts are not read.
+            prompt: as for `read`; sources inside a chat's media parts are not read.
             images: (height, width) of each picture, in the prompt's order.
             videos: (frames, (height, width)) of each video, in the prompt's order.
             visual: how pictures become views and tokens.
@@ -158,7 +160,7 @@ class Processor:
             MediaError: a size that no picture has.
         """
         sizes = list(images), list(videos)
-        parsed = self._parse(prompt, *sizes, system, raw, from_sizes=not bare)
+        parsed = self._read(prompt, *sizes, system, raw, from_sizes=not bare)
         if (len(parsed.images), len(parsed.videos)) != (len(sizes[0]), len(sizes[1])):
             raise PromptError(
                 "media= a handle, with a chat whose parts bring pictures or videos of their own;"
@@ -166,29 +168,49 @@ class Processor:
             )
         return self._lay_out(parsed, visual)
 
-    def prepare(
+    def read(
         self,
         prompt: str | Sequence[object],
         *,
         images: Any = None,
         videos: Any = None,
-        visual: VisualOptions,
-        limits: MediaLimits,
         system: str | None = None,
         raw: bool = False,
-        pack: Pack | None = None,
-        lazy_views: bool = False,
-    ) -> ModelInputs:
-        """Lay a prompt out, load its media and build their views.
+    ) -> Draft:
+        """Check a prompt and bring its media into order; none is loaded.
 
         Args:
             prompt: a question, in which <image> and <video> mark places, or a chat.
             images: one picture or a list of them, each as `load_image` takes it.
             videos: one video or a list of them, each as `load_video` takes it.
-            visual: how pictures become views and tokens.
-            limits: of the media.
             system: text of a system turn.
             raw: the prompt is complete and its special tokens are special.
+
+        Returns:
+            What `build` takes.
+
+        Raises:
+            PromptError: the prompt is not as it should be.
+        """
+        return self._read(prompt, image_list(images), video_list(videos), system, raw)
+
+    def build(
+        self,
+        draft: Draft,
+        images: Iterator[NDArray[np.uint8]],
+        *,
+        visual: VisualOptions,
+        limits: MediaLimits,
+        pack: Pack | None = None,
+        lazy_views: bool = False,
+    ) -> ModelInputs:
+        """Lay a prompt out with its media, and build their views.
+
+        Args:
+            draft: of `read`.
+            images: gives its pictures, and perhaps those of others behind them, as `decoding` does.
+            visual: how pictures become views and tokens.
+            limits: of videos, which are loaded here.
             pack: `pack_views` of an Ops; None takes the reference.
             lazy_views: leave the views to whoever asks for them.
 
@@ -199,12 +221,12 @@ class Processor:
             PromptError: the prompt cannot be laid out.
             MediaError: a medium cannot be read or breaks a limit.
         """
-        parsed = self._parse(prompt, image_list(images), video_list(videos), system, raw)
         started = time.perf_counter()
-        pictures, clips = load_media(parsed.images, parsed.videos, limits=limits, visual=visual)
+        pictures = list(islice(images, len(draft.images)))
+        clips = load_clips(draft.videos, limits=limits, visual=visual)
         loaded = time.perf_counter()
-        sizes = _Layout(
-            parsed.segments,
+        sizes = Draft(
+            draft.segments,
             [picture.shape[:2] for picture in pictures],
             [(len(clip), clip.shape[1:3]) for clip in clips],
         )
@@ -237,7 +259,7 @@ class Processor:
             return np.empty((0, side, side, 3), np.uint8)
         return build_media_views(media, plans, pack=pack)
 
-    def _parse(
+    def _read(
         self,
         prompt: object,
         images: list[Any],
@@ -246,14 +268,14 @@ class Processor:
         raw: object,
         *,
         from_sizes: bool = False,
-    ) -> _Layout:
+    ) -> Draft:
         """Check a prompt, render it, and bring its media into order."""
         if not isinstance(raw, bool):
             raise PromptError(f"raw={raw!r}; expected True or False.")
         if system is not None and not isinstance(system, str):
             raise PromptError(f"system={system!r:.100}; expected a str or None.")
         if raw:
-            return self._parse_raw(prompt, images, videos, system)
+            return self._read_raw(prompt, images, videos, system)
         if isinstance(prompt, str):
             messages = [parse_question(prompt, len(images), len(videos))]
         elif isinstance(prompt, list | tuple) and prompt:
@@ -275,11 +297,11 @@ class Processor:
                 "the checkpoint has no chat template (chat_template.jinja, chat_template.json or "
                 "tokenizer_config.json); expected one. Write the full prompt with raw=True."
             )
-        return _Layout(self._template.render(messages), images, videos)
+        return Draft(self._template.render(messages), images, videos)
 
-    def _parse_raw(
+    def _read_raw(
         self, prompt: object, images: list[Any], videos: list[Any], system: str | None
-    ) -> _Layout:
+    ) -> Draft:
         if not isinstance(prompt, str) or system is not None:
             raise PromptError(
                 f"raw=True with {type(prompt).__name__} prompt and system={system!r:.100}; "
@@ -293,10 +315,10 @@ class Processor:
                     f"the raw prompt has {marked} <{kind}> markers for {len(media)} {kind}s; "
                     "expected as many. Place each marker where its medium belongs."
                 )
-        return _Layout(segments, images, videos)
+        return Draft(segments, images, videos)
 
     def _lay_out(
-        self, layout: _Layout, visual: VisualOptions
+        self, layout: Draft, visual: VisualOptions
     ) -> tuple[NDArray[np.int64], tuple[VisualSpan, ...], tuple[VisualPlan, ...]]:
         num_images = len(layout.images)
         plan_of = {

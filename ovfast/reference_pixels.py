@@ -94,10 +94,12 @@ def resample(
 ) -> Tensor:
     """One pass of Pillow's bicubic resize, in its integers, over rows (axis 0) or columns (1).
 
+    Of a picture, or of all frames of a clip.
+
     The axis may be longer than the source: a picture padded by address.
 
     Args:
-        source: (height, width, 3) uint8.
+        source: (height, width, 3) uint8, or (frames, height, width, 3).
         first: (size_out,) int32, the first tap of each output on the padded axis.
         coefficients: (size_out, num_taps) int32 of 22 fractional bits, 0 where a tap is not used.
         axis: 0 or 1.
@@ -108,15 +110,15 @@ def resample(
     Returns:
         out.
     """
-    lines = source.movedim(axis, 0).to(torch.int32)
+    lines = source.movedim(axis - 3, 0).to(torch.int32)
     taps = first[:, None].long() - offset + torch.arange(coefficients.shape[1], device=first.device)
     inside = (taps >= 0) & (taps < len(lines))
     total = torch.full((len(first), *lines.shape[1:]), 1 << 21, dtype=torch.int32).to(first.device)
     for tap in range(coefficients.shape[1]):
         values = lines[taps[:, tap].clamp(0, len(lines) - 1)]
         values[~inside[:, tap]] = fill
-        total += coefficients[:, tap, None, None] * values
-    out.movedim(axis, 0)[:] = (total >> 22).clamp(0, 255).to(torch.uint8)
+        total += coefficients[:, tap].view(-1, *[1] * (source.ndim - 1)) * values
+    out.movedim(axis - 3, 0)[:] = (total >> 22).clamp(0, 255).to(torch.uint8)
     return out
 
 

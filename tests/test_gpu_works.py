@@ -131,6 +131,7 @@ def test_vision_works(bench, monkeypatch):
     assert [side for name, side in found if name == "preprocess 26x30"] == [
         *sides, "transformers-fast",
     ]  # fmt: skip
+    assert [side for name, side in found if name == "preprocess 2 frames"] == sides
 
 
 def stand_in(bench):

@@ -1,4 +1,6 @@
-"""Work of an engine in order, whatever streams its callers are on; stand-ins for the streams."""
+"""Work of an engine in order and on its device, whatever streams and devices its callers are on;
+stand-ins for both.
+"""
 
 import itertools
 import random
@@ -11,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from ovfast import BackendError, loading
 from ovfast.home_stream import HomeStream
 from tests.support.engines import REQUESTS, free_slots, open_engine, run_threads
 from tests.support.row_decoder import open_rows
+
+SECOND = torch.device("cuda", 1)
 
 
 class FakeStream:
@@ -30,17 +35,32 @@ class FakeStream:
 
 
 class FakeDevice:
-    """Streams with names, one of them current in each thread."""
+    """Streams with names, one of them current in each thread, and which device is."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.streams = {name: FakeStream(name) for name in ("home", "a", "b")}
         self._local, self._count = threading.local(), itertools.count()
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
         monkeypatch.setattr(torch.cuda, "stream", self.use)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.index)
+        monkeypatch.setattr(torch.cuda, "device", self.use_device)
 
     @property
     def current(self) -> FakeStream:
         return getattr(self._local, "current", self.streams["home"])
+
+    @property
+    def index(self) -> int:
+        return getattr(self._local, "index", 0)
+
+    @contextmanager
+    def use_device(self, device: torch.device) -> Iterator[None]:
+        outer = self.index
+        self._local.index = outer if device.index is None else device.index
+        try:
+            yield
+        finally:
+            self._local.index = outer
 
     @contextmanager
     def use(self, stream: FakeStream) -> Iterator[None]:
@@ -109,9 +129,56 @@ def test_errors_leave_the_caller_in_order(fake: FakeDevice) -> None:
         assert fake.launch()[1] == {0}
 
 
+@pytest.mark.parametrize("stream", ["home", "a"])
+def test_work_is_on_its_device(fake: FakeDevice, stream: str) -> None:
+    """In the thread that loaded, where another device is current, and in a new one."""
+    home = HomeStream(SECOND)
+
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    def work() -> tuple[int, ...]:
+        with fake.use(fake.streams[stream]):
+            inside = home.run(torch.cuda.current_device)
+            with pytest.raises(KeyboardInterrupt):
+                home.run(fail)
+        return inside, torch.cuda.current_device()
+
+    with fake.use_device(torch.device("cuda", 2)):
+        assert work() == (1, 2)
+        assert run_threads([work]) == [(1, 0)]
+
+
+def test_a_model_is_built_on_its_device(fake: FakeDevice) -> None:
+    seen: list[int] = []
+
+    def build() -> Any:
+        seen.append(torch.cuda.current_device())
+        raise ValueError("built enough")
+
+    with pytest.raises(ValueError, match="built enough"):
+        loading._build(build, 0, 0, SECOND)
+    assert (seen, torch.cuda.current_device()) == ([1], 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [("auto", 1), ("cuda", 1), ("cuda:0", 0), (torch.device("cuda", 1), 1)]
+)
+def test_a_device_has_an_index(
+    fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, name: Any, index: int
+) -> None:
+    """That of the device which is current now: in another thread it may be another."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with fake.use_device(SECOND):
+        assert loading.resolve_device(name) == torch.device("cuda", index)
+    with pytest.raises(BackendError, match="'cuda:2', but 2 CUDA devices were found"):
+        loading.resolve_device("cuda:2")
+
+
 def test_a_cpu_has_no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.cuda, "current_stream")
-    monkeypatch.delattr(torch.cuda, "stream")
+    for name in ("current_stream", "stream", "current_device", "device"):
+        monkeypatch.delattr(torch.cuda, name)
     assert HomeStream(torch.device("cpu")).run(lambda: 5) == 5
 
 
@@ -124,7 +191,7 @@ def test_all_that_an_engine_does(tiny_checkpoint: Path, fake: FakeDevice, rows: 
     with opened as engine:
         loaded = engine._scheduler.loaded()
         expected = engine.generate(**REQUESTS["image"], max_new_tokens=5).token_ids
-        home = HomeStream(torch.device("cuda"))
+        home = HomeStream(SECOND)
         engine._scheduler._home = home
         if rows:
             loaded.runner._home = home
@@ -133,6 +200,7 @@ def test_all_that_an_engine_does(tiny_checkpoint: Path, fake: FakeDevice, rows: 
 
             def check_release(row: int) -> None:
                 seen.append(fake.current.name)
+                assert fake.index == 1
                 release(row)
 
             state.release = check_release
@@ -141,6 +209,7 @@ def test_all_that_an_engine_does(tiny_checkpoint: Path, fake: FakeDevice, rows: 
 
         def check_prefill(*args: Any, **options: Any) -> torch.Tensor:
             seen.append(fake.current.name)
+            assert fake.index == 1
             return prefill(*args, **options)
 
         loaded.model.language_model.prefill_hidden = check_prefill

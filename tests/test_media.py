@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from ovfast.errors import MediaError, OptionError
-from ovfast.media import MediaLimits, choose_frames, load_image, load_images, load_video
+from ovfast.media import MediaLimits, choose_frames, load_image, load_video
+from ovfast.media_sources import decoding
 
 RNG = np.random.default_rng(7)
 PICTURE = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -714,5 +715,5 @@ def test_one_open_picture_several_times(kind):
     expected = load_image(buffer.getvalue())
     for _ in range(5):
         opened = Image.open(io.BytesIO(buffer.getvalue()))
-        for picture in load_images([opened, opened, opened]):
-            assert np.array_equal(picture, expected)
+        with decoding([opened, opened, opened], limits=MediaLimits(), exif=True) as pictures:
+            assert all(np.array_equal(picture, expected) for picture in pictures)

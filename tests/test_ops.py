@@ -210,7 +210,7 @@ def test_flash_attn_has_no_float32(monkeypatch, flash_is_fastest, dtype):
     """Told before the checkpoint is looked for."""
     add_flash_attn(monkeypatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    options = {"device": "cuda", "attention": "flash"}
+    options = {"device": "cuda:0", "attention": "flash"}
     with pytest.raises(OptionError, match="with dtype='float32'; flash-attn computes in 'bfloat16"):
         ovfast.load("/no/such/model", dtype=dtype, **options)
     for allowed in ("auto", "bfloat16", "float16"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import ovfast.pixels as pixels_module
 from ovfast.anyres import VisualGeometry, VisualOptions, plan_image, plan_video
 from ovfast.image import build_media_views
 from ovfast.ops import make_ops
@@ -31,9 +32,19 @@ def picture(size_hw: tuple[int, int], seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, *size_hw]).integers(0, 256, (*size_hw, 3), np.uint8)
 
 
-def views_of(pixels) -> np.ndarray:
+def clips(num_frames):
+    """Of several sizes, behind a picture whose length is no multiple of 16 bytes."""
+    options = VisualOptions(token_policy="anyres")
+    media, plans = [picture((9, 5))], [plan_image((9, 5), GEOMETRY, options, num_images=2)]
+    for size_hw in SIZES:
+        media.append(np.stack([picture(size_hw, frame) for frame in range(num_frames)]))
+        plans.append(plan_video(num_frames, size_hw, GEOMETRY, options))
+    return media, plans
+
+
+def views_of(pixels, side=SIDE) -> np.ndarray:
     windows = pixels.windows.tolist()
-    return np.stack([cut_view(pixels.buffer, window, SIDE).numpy() for window in windows])
+    return np.stack([cut_view(pixels.buffer, window, side).numpy() for window in windows])
 
 
 def check(media, plans, ops=OPS) -> None:
@@ -85,6 +96,53 @@ def test_everything_by_the_native_back_end():
     ops = make_ops(CPU, "native", threads=2)
     assert ops.reads_pictures
     check(*everything(), ops)
+
+
+# One frame a group, two, all at once. Odd sizes, one row, one column, a size that stays.
+@pytest.mark.parametrize("group_bytes", [1, 2 * 3 * 91 * 150, pixels_module.GROUP_BYTES])
+@pytest.mark.parametrize("num_frames", [1, 2, 5, 32])
+def test_clips(monkeypatch, num_frames, group_bytes):
+    monkeypatch.setattr(pixels_module, "GROUP_BYTES", group_bytes)
+    media, plans = clips(num_frames)
+    check(media, plans)
+    if HAS_NATIVE:
+        check(media, plans, make_ops(CPU, "native", threads=2))
+
+
+@pytest.mark.parametrize("side", [28, 15])
+def test_frames_are_resized_in_one_call_a_pass(side):
+    calls = []
+
+    def resample(source, *args, **options):
+        calls.append(len(source))
+        return OPS.resample(source, *args, **options)
+
+    geometry = VisualGeometry(side, 5, ((side, side),), 9)
+    loader = PixelLoader(replace(OPS, resample=resample), CPU)
+    for num_frames in (1, 2, 5, 32):
+        frames = np.stack([picture((31, 45), frame) for frame in range(num_frames)])
+        plan = plan_video(num_frames, (31, 45), geometry, VisualOptions())
+        loaded = loader.load([frames], [plan])
+        np.testing.assert_array_equal(views_of(loaded, side), build_media_views([frames], [plan]))
+        assert calls == [num_frames] * 2
+        calls.clear()
+
+
+def test_what_is_resized_at_once_is_bounded(monkeypatch):
+    """Before, between and after the passes, however long one side is; one frame at least."""
+    monkeypatch.setattr(pixels_module, "GROUP_BYTES", 1 << 16)
+    calls = []
+
+    def resample(source, first, coefficients, axis, out, **options):
+        calls.append((len(source), max(source.nbytes, out.nbytes)))
+        return OPS.resample(source, first, coefficients, axis, out, **options)
+
+    loader = PixelLoader(replace(OPS, resample=resample), CPU)
+    for size_hw in SIZES[1:]:
+        frames = np.stack([picture(size_hw, frame) for frame in range(9)])
+        loader.load([frames], [plan_video(9, size_hw, GEOMETRY, VisualOptions())])
+    assert {num_frames for num_frames, _ in calls} >= {1, 9}
+    assert all(num_frames == 1 or num_bytes <= 1 << 16 for num_frames, num_bytes in calls)
 
 
 def test_groups_cover_all_views():

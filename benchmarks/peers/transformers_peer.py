@@ -206,7 +206,7 @@ class Peer:
 
     def _synchronize(self):
         if self.device.type == "cuda":
-            self.torch.cuda.synchronize()
+            self.torch.cuda.synchronize(self.device)
 
     def _random(self, shape):
         return self.torch.randn(shape, dtype=self.model.dtype, device=self.device)

@@ -23,6 +23,7 @@ from ovfast.bench.slice_engine import TEXT, VISION, open_slice
 from ovfast.config import ModelConfig
 from ovfast.cpu_threads import available_threads
 from ovfast.engine import Engine
+from ovfast.home_stream import use_device
 from ovfast.loading import load, resolve_device
 from ovfast.ops import Ops, make_ops
 from ovfast.outputs import Timings
@@ -123,7 +124,7 @@ def calibrate(
     ops = make_ops(target, backend, threads=count)
     # As `load` has it: torch's threads are those of plain torch, and else left alone.
     plain = ops.backend == "reference" and target.type == "cpu"
-    with torch_threads(count if plain else torch.get_num_threads()):
+    with use_device(target), torch_threads(count if plain else torch.get_num_threads()):
         rates = {name: _measure_rates(target, ops.backend, name, count) for name in storages}
     # Again at the end: one slow moment at the start would make limits that are then exceeded.
     limits = best_of(limits, measure_limits(target, count))

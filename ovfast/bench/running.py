@@ -21,6 +21,7 @@ from ovfast.bench.session import Loaded, Session
 from ovfast.bench.sides import SideSpec
 from ovfast.bench.table import print_record
 from ovfast.bench.targets import Target, available_peers, peer_versions
+from ovfast.home_stream import use_device
 
 __all__ = [
     "chosen_peers",
@@ -64,14 +65,15 @@ def measuring(
             f"[bold yellow]This machine is busy: others take {quiet['busy_share']:.0%} of its"
             " processors. Figures will be noisy, and the record says so."
         )
-    with console.status("calibrating"):
-        ours = dict.fromkeys(spec.storage for spec in sides if spec.side == OURS)
-        storages = tuple(ours) if predicts else ()
-        calibration = calibrate(str(target.device), threads=target.threads, storages=storages)
-    header = make_header(command_line(ctx), calibration, quiet, peer_versions(sides))
-    session = Session(header, out, console)
-    with session.progress():
-        yield session, Bounds(target, calibration)
+    with use_device(target.device):
+        with console.status("calibrating"):
+            ours = dict.fromkeys(spec.storage for spec in sides if spec.side == OURS)
+            storages = tuple(ours) if predicts else ()
+            calibration = calibrate(str(target.device), threads=target.threads, storages=storages)
+        header = make_header(command_line(ctx), calibration, quiet, peer_versions(sides))
+        session = Session(header, out, console)
+        with session.progress():
+            yield session, Bounds(target, calibration)
     record = Record(session.header, tuple(session.rows))
     print_record(record, table_console(), notes)
     if out is not None:

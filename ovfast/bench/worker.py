@@ -76,6 +76,8 @@ class Worker:
             **kept,
         )
         self._torch = torch
+        if self._engine.device.type == "cuda":
+            torch.cuda.set_device(self._engine.device)  # stages are called outside of its steps
         return self._imported | {
             "load_ms": 1e3 * (time.perf_counter() - start),
             "weight_bytes": self._weight_bytes(),

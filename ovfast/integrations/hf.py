@@ -124,16 +124,12 @@ class OVFastForConditionalGeneration:
                 continue
             device = torch.device("cuda", wanted) if isinstance(wanted, int) else wanted
             device = torch.device(device)
-            if device.type != self.device.type or device.index not in (None, self._device_index):
+            if device.type != self.device.type or device.index not in (None, self.device.index):
                 raise BackendError(
                     f"to({str(device)!r}) of a model loaded on {str(self.device)!r}; expected the"
                     " same. Pass device_map= to from_pretrained."
                 )
         return self
-
-    @property
-    def _device_index(self) -> int | None:
-        return self.device.index or (0 if self.device.type == "cuda" else None)
 
     def close(self) -> None:
         """Frees weights and cache."""

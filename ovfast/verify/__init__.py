@@ -18,6 +18,7 @@ from ovfast.checkpoint import resolve_checkpoint
 from ovfast.config import ModelConfig
 from ovfast.engine import Engine
 from ovfast.errors import BackendError, OptionError
+from ovfast.home_stream import use_device
 from ovfast.loading import load
 from ovfast.model_inputs import ModelInputs
 from ovfast.packed_weights import is_packed
@@ -75,7 +76,7 @@ def verify(
             f"reference, but {problem}. The model 'demo' has stored references."
         )
     engine = load(path, device=device, dtype=dtype, backend=backend, visual=VisualOptions())
-    with engine:
+    with engine, use_device(engine.device):
         about = {
             "model": str(model),
             "device": str(engine.device),

@@ -9,7 +9,8 @@ ANY = 7  # for a size that the kernel is not specialised on: neither 1 nor a mul
 def _variant(axis: int, row_bytes: int, suffix: str = "") -> Variant:
     block_y, block_x, num_warps = resize.launch_config(axis)
     kernel = resize._resample_vertical_kernel if axis == 0 else resize._resample_horizontal_kernel
-    sizes = ("H" if axis == 0 else "W", "M", "T", "offset", "fill", "stride_cm", "stride_ct")
+    lengths = ("H", "M") if axis == 0 else ("W",)
+    sizes = (*lengths, "R", "T", "offset", "fill", "stride_cm", "stride_ct")
     return Variant(
         kernel=kernel,
         name=f"block{block_y}x{block_x}{suffix}",

@@ -42,7 +42,7 @@ def one_pass(
         torch.from_numpy(values).to(source.device) for values in (table.first, table.coefficients)
     )
     shape = list(source.shape)
-    shape[axis] = size_out
+    shape[axis - 3] = size_out
     out = torch.full(shape, 99, dtype=torch.uint8, device=source.device)
     options = {"offset": offset, "fill": fill, "block": block}
     assert resize.resample(source, first, coefficients, axis, out, **options) is out
@@ -55,10 +55,11 @@ def tile(device: str) -> int | None:
 
 
 def resized(source: torch.Tensor, size_hw: tuple[int, int], block: int | None) -> torch.Tensor:
-    height, width = source.shape[:2]
-    for axis in (0, 1) if vertical_first((height, width), size_hw) else (1, 0):
-        if source.shape[axis] != size_hw[axis]:
-            source = one_pass(source, source.shape[axis], size_hw[axis], axis, block=block)
+    """Of a picture, or of frames: all by the same passes."""
+    source_hw = source.shape[-3], source.shape[-2]
+    for axis in (0, 1) if vertical_first(source_hw, size_hw) else (1, 0):
+        if source_hw[axis] != size_hw[axis]:
+            source = one_pass(source, source_hw[axis], size_hw[axis], axis, block=block)
     return source
 
 
@@ -120,6 +121,41 @@ def test_shipped_tile(device: str) -> None:
     source = picture(21, 190, seed=6).to(device)
     for size_hw in ((21, 100), (7, 190), (9, 11)):
         assert torch.equal(resized(source, size_hw, None).cpu(), pillow(source, size_hw))
+
+
+# One row, one column, one pixel, sides that stay, a shrink by 30: taps must not leave their frame.
+@pytest.mark.parametrize("num_frames", [1, 2, 5, 32])
+@pytest.mark.parametrize("device", DEVICES)
+def test_frames(device: str, num_frames: int) -> None:
+    shapes = [((13, 17), (7, 9)), ((7, 9), (13, 21)), ((1, 41), (5, 3)), ((41, 1), (3, 5))]
+    shapes += [((1, 1), (3, 4)), ((11, 5), (11, 9)), ((5, 11), (9, 11)), ((91, 2), (3, 7))]
+    for source_hw, size_hw in shapes:
+        clip = torch.stack([picture(*source_hw, seed=frame) for frame in range(num_frames)])
+        expected = torch.stack([pillow(frame, size_hw) for frame in clip])
+        out = resized(clip.to(device), size_hw, tile(device))
+        assert torch.equal(out.cpu(), expected), f"{source_hw} to {size_hw}"
+
+
+# Several programs, some over the end of a frame, and rows that are words or not.
+@pytest.mark.parametrize("block", [8, None])
+@pytest.mark.parametrize("device", DEVICES)
+def test_frames_by_tiles(device: str, block: int | None) -> None:
+    for width in (16, 19):
+        clip = torch.stack([picture(11, 45, seed=frame) for frame in range(3)])
+        expected = torch.stack([pillow(frame, (5, width)) for frame in clip])
+        assert torch.equal(resized(clip.to(device), (5, width), block).cpu(), expected)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("height", [1, 6])
+@pytest.mark.parametrize("device", DEVICES)
+def test_frames_of_wider_pictures(device: str, height: int, axis: int) -> None:
+    """Windows of columns, also where a frame is one row: whatever lies beside them is not read."""
+    clip = torch.stack([picture(height, 7, seed=frame) for frame in range(3)]).to(device)
+    expected = one_pass(clip, clip.shape[axis + 1], 4, axis, block=tile(device))
+    wide = torch.full((3, height, 12, 3), 255, dtype=torch.uint8, device=device)
+    wide[:, :, 2:9] = clip
+    assert torch.equal(one_pass(wide[:, :, 2:9], height if axis == 0 else 7, 4, axis), expected)
 
 
 @pytest.mark.parametrize("fill", [0, 127, 255])
@@ -234,6 +270,8 @@ def u8(*shape: int, device: str = "cpu") -> torch.Tensor:
 BAD_ARGUMENTS = {
     "source-float": (0, torch.zeros(6, 5, 3), TypeError, "source is"),
     "source-2d": (0, u8(6, 15), ValueError, "source has shape"),
+    "source-5d": (0, u8(1, 2, 6, 5, 3), ValueError, "source has shape"),
+    "source-frames": (0, u8(2, 6, 5, 3), ValueError, r"expected \(2, 4, 5, 3\)"),
     "source-4-channels": (0, u8(6, 5, 4), ValueError, "source has shape"),
     "source-planes": (0, u8(3, 6, 5).permute(1, 2, 0), ValueError, "source has strides"),
     "source-4-byte-pixels": (0, u8(6, 5, 4)[..., :3], ValueError, "source has strides"),
@@ -274,6 +312,16 @@ def test_bad_arguments_are_named(name: str) -> None:
     arguments[position] = value
     with pytest.raises(error, match=message):
         resize.resample(*arguments)
+
+
+@pytest.mark.parametrize("name", ["source", "out"])
+def test_frames_lie_one_behind_another(name: str) -> None:
+    tensors = {"source": u8(4, 6, 5, 3), "out": u8(4, 4, 5, 3)}
+    tensors |= {other: tensor[:2] for other, tensor in tensors.items() if other != name}
+    tensors[name] = tensors[name][::2]
+    first, coefficients = torch.zeros(4, dtype=torch.int32), torch.zeros(4, 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"{name} has .* strides .* expected the first to be"):
+        resize.resample(tensors["source"], first, coefficients, 0, tensors["out"])
 
 
 @pytest.mark.parametrize("fill", [-1, 256])

@@ -1,7 +1,7 @@
 """A whole engine on a CUDA device, at the real sizes with few layers.
 
 Graphs that are captured, evicted and refused while tokens come; streams that are left; too little
-memory.
+memory; a second device.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ import torch
 from ovfast import CapacityError, Engine
 from ovfast.models.qwen2_rows import Qwen2Rows
 from tests.support.checkpoints import CheckpointSpec
-from tests.support.devices import memory_limit, requires_cuda
-from tests.support.engines import free_slots, open_engine
+from tests.support.devices import memory_limit, requires_cuda, requires_two
+from tests.support.engines import free_slots, open_engine, run_threads
 from tests.support.prompts import picture
 from tests.support.runners import drain
 
@@ -160,3 +160,25 @@ def test_too_little_memory(random_checkpoint):
         assert [engine.generate(each, **ASK).token_ids for each in inputs] == expected
         with open_real(path, max_batch_size=1) as second:
             assert second.generate(inputs[0], **ASK).token_ids == expected[0]
+
+
+@requires_two
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_the_second_device(random_checkpoint, name):
+    """In a thread of its own, where device 0 is current and stays as it is."""
+    path = random_checkpoint(REAL)
+    with torch.cuda.device(1), open_real(path, device="cuda", cuda_graphs=False) as engine:
+        expected = ask_all(engine)
+    with torch.cuda.device(1 if name == "cuda" else 0):
+        engine = open_real(path, device=name)
+    with engine:
+        assert engine.device == torch.device("cuda", 1)
+        allocated = torch.cuda.memory_allocated(0)
+
+        def ask() -> tuple[list[list[int]], int]:
+            return ask_all(engine), torch.cuda.current_device()
+
+        for _ in range(3):  # seen, captured, replayed
+            assert run_threads([ask]) == [(expected, 0)]
+        assert engine._model._graphs.keys
+        assert torch.cuda.memory_allocated(0) == allocated

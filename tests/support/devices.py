@@ -10,6 +10,7 @@ import torch
 from tests.support.interpreter import INTERPRETING
 
 requires_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+requires_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
 def kernel_params() -> list[object]:

@@ -8,6 +8,7 @@ import numpy as np
 from ovfast.anyres import VisualOptions
 from ovfast.config import ModelConfig
 from ovfast.media import MediaLimits
+from ovfast.media_sources import decoding
 from ovfast.processor import ModelInputs, Processor
 
 PAPER = VisualOptions()
@@ -52,7 +53,11 @@ def clip(num_frames: int = 3, seed: int = 0) -> np.ndarray:
 
 def prepare(processor: Processor, prompt: Any, **options: Any) -> ModelInputs:
     options = {"visual": PAPER, "limits": LIMITS} | options
-    return processor.prepare(prompt, **options)
+    reads = {"images", "videos", "system", "raw"} & options.keys()
+    draft = processor.read(prompt, **{name: options.pop(name) for name in reads})
+    exif = options["visual"].exif
+    with decoding(draft.images, limits=options["limits"], exif=exif) as pictures:
+        return processor.build(draft, pictures, **options)
 
 
 def shown(processor: Processor, inputs: ModelInputs) -> str:

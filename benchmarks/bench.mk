@@ -56,8 +56,9 @@ bench-record: bench-prepare
 
 # Beside peers in bfloat16: vLLM, which compiles for minutes before it answers, and transformers.
 bench-record-vllm: bench-prepare
-	$(BENCH) latency -m $(CHECKPOINTS)/$(SIZE) -w text -w 640x480 -s bfloat16 -s int8 -p vllm \
-		-p transformers:bfloat16 -n 16 --repeats 12 --slow-repeats $(ROUNDS) \
+	$(BENCH) latency -m $(CHECKPOINTS)/$(SIZE) -w text -w 640x480 -s bfloat16 -s bfloat16-matmul \
+		-s int8 -p vllm -p transformers:bfloat16 -p transformers -n 16 --repeats 12 \
+		--slow-repeats $(ROUNDS) \
 		--out $(RESULTS)/latency-vllm-$(SIZE).jsonl
 
 # What `bench-record` reads, made before.

@@ -122,6 +122,24 @@ def test_vocab_and_merges_equal_tokenizer_json(random_checkpoint: Make, orig: Pa
     assert np.array_equal(one.forbidden_ids, other.forbidden_ids)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_flags_that_the_file_leaves_out(converter: Path, tmp_path: Path, kept: bool) -> None:
+    """Special tokens are special whatever the file says; with all flags its own text is read."""
+    path = Path(shutil.copytree(converter, tmp_path / "model"))
+    description = json.loads((path / "tokenizer.json").read_text())
+    for token in description["added_tokens"]:
+        token |= {"special": True} if kept else {"special": False, "lstrip": False}
+        if not kept:
+            del token["rstrip"]
+    (path / "tokenizer.json").write_text(json.dumps(description))
+    one, other = open_processor(path), open_processor(converter)
+    known = other.tokenizer.get_vocab(with_added_tokens=True).values()
+    assert one._text.known_ids == other._text.known_ids == set(known)
+    assert one._text.special_ids == other._text.special_ids
+    for text in (*TEXTS, *FORGERIES):
+        assert one.encode_text(text) == other.encode_text(text)
+
+
 def test_added_tokens_without_a_list(random_checkpoint: Make, tmp_path: Path) -> None:
     source = random_checkpoint(CheckpointSpec(vocab_and_merges=True), "orig")
     path = Path(shutil.copytree(source, tmp_path / "model"))
@@ -139,6 +157,7 @@ def test_added_tokens_without_a_list(random_checkpoint: Make, tmp_path: Path) ->
         "[]",
         "{}",
         '{"model": {}, "added_tokens": []}',
+        '{"model": {"type": "Unigram", "vocab": [["a", 0]], "unk_id": 0}, "added_tokens": []}',
         '{"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": [3]}',
         '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "added_tokens": []}',
     ],

@@ -4,6 +4,7 @@ printing only.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -245,7 +246,13 @@ def bench(ctx: typer.Context) -> None:
 
 
 def main(args: list[str] | None = None) -> Any:
-    """Runs the command; errors of ovfast become one line and exit code 2, Ctrl-C exit code 130."""
+    """Runs the command; errors of ovfast become one line and exit code 2, Ctrl-C exit code 130.
+
+    What the terminal's encoding does not have is printed as "?".
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         return app(args)
     except OVFastError as error:

@@ -1,6 +1,9 @@
 """The `ovfast` command as a shell user meets it: output, exit codes, messages."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -107,3 +110,15 @@ def test_demo_answers_and_draws(tmp_path, capsys):
     assert run("demo", "--out", str(tmp_path / "demo")) == 0
     assert "in the second image" in capsys.readouterr().out
     assert (tmp_path / "demo" / "explain.png").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_lacks_characters(picture, tmp_path, encoding):
+    """Sizes are printed with a multiplication sign, which ASCII has not."""
+    command = [sys.executable, "-m", "ovfast", "explain", "-i", picture, "--out", "plan.png"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    child = subprocess.run(
+        [*map(str, command)], cwd=tmp_path, env=environment, capture_output=True, timeout=300
+    )
+    assert child.returncode == 0, child.stderr
+    assert b"Traceback" not in child.stderr

@@ -78,9 +78,10 @@ def simple_prompt(
 ) -> Prompt:
     """A request of the simple kind, as lmms-eval's llava_onevision reads it.
 
-    Media go before the text, unless the context has as many <image> as there are pictures. A str
-    is a picture's or a video's path, by its suffix. A task whose metadata says `task_type: video`
-    and `sample_frames` gives the frames of one video as pictures.
+    Media go before the text, unless the context has as many <image> and <video> as there are media
+    of each; other markers are text. A str is a picture's or a video's path, by its suffix. A task
+    whose metadata says `task_type: video` and `sample_frames` gives the frames of one video as
+    pictures.
 
     Args:
         context: the question.
@@ -88,15 +89,16 @@ def simple_prompt(
         metadata: of the request.
     """
     media = list(visuals or ())
-    if not media or not context:
-        parts = [{"type": "text", "text": context}] if context else []
-        return Prompt([{"role": "user", "content": [*_parts(media), *parts]}])
-    if metadata.get("task_type") == "video" and "sample_frames" in metadata:
+    if media and metadata.get("task_type") == "video" and "sample_frames" in metadata:
         chosen = np.linspace(0, len(media) - 1, int(metadata["sample_frames"]), dtype=int)
-        return Prompt(context, None, [[media[index] for index in chosen]])
-    videos = [medium for medium in media if _is_video(medium)]
+        media = [[media[index] for index in chosen]]
     images = [medium for medium in media if not _is_video(medium)]
-    return Prompt(context, images or None, videos or None)
+    videos = [medium for medium in media if _is_video(medium)]
+    markers = (context.count("<image>"), context.count("<video>"))
+    if media and context and markers in ((0, 0), (len(images), len(videos))):
+        return Prompt(context, images or None, videos or None)
+    parts = [{"type": "text", "text": context}] if context else []
+    return Prompt([{"role": "user", "content": [*_parts(media), *parts]}])
 
 
 def _parts(media: Sequence[Any]) -> list[dict[str, Any]]:
@@ -105,6 +107,7 @@ def _parts(media: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def _is_video(medium: Any) -> bool:
+    """Whether it is the path of a video, or frames of one."""
     if not isinstance(medium, str):
-        return False
+        return isinstance(medium, list)
     return os.path.splitext(medium)[1].lower() not in PICTURE_SUFFIXES

@@ -89,6 +89,11 @@ def chat(*parts: dict[str, Any]) -> Prompt:
     return Prompt([{"role": "user", "content": list(parts)}])
 
 
+SHOWN = [{"type": "image", "image": each} for each in PICTURES]
+LITERAL = ("What does <image> show?", "<image>, <image>", "A <video> tag")
+SAYS = {text: {"type": "text", "text": text} for text in LITERAL}
+
+
 @pytest.mark.parametrize(
     ("context", "visuals", "expected"),
     [
@@ -97,6 +102,11 @@ def chat(*parts: dict[str, Any]) -> Prompt:
         ("", [PICTURES[0]], chat({"type": "image", "image": PICTURES[0]})),
         ("Q", PICTURES, Prompt("Q", PICTURES, None)),
         ("<image> or <image>?", PICTURES, Prompt("<image> or <image>?", PICTURES, None)),
+        # Other markers than media are text, too.
+        ("What does <image> show?", PICTURES, chat(*SHOWN, SAYS["What does <image> show?"])),
+        ("<image>, <image>", PICTURES[:1], chat(SHOWN[0], SAYS["<image>, <image>"])),
+        ("A <video> tag", PICTURES[:1], chat(SHOWN[0], SAYS["A <video> tag"])),
+        ("<image> <video>", ["a.png", "b.mp4"], Prompt("<image> <video>", ["a.png"], ["b.mp4"])),
         ("Q", ["a.mp4"], Prompt("Q", None, ["a.mp4"])),
         ("Q", ["a.PNG", "b.webm"], Prompt("Q", ["a.PNG"], ["b.webm"])),
     ],
@@ -109,6 +119,8 @@ def test_frames_of_a_video_task():
     frames = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(9)]
     metadata = {"task_type": "video", "sample_frames": 3}
     assert simple_prompt("Q", frames, metadata) == Prompt("Q", None, [frames[::4]])
+    expected = chat({"type": "video", "video": frames[::4]}, SAYS["<image>, <image>"])
+    assert simple_prompt("<image>, <image>", frames, metadata) == expected
 
 
 def test_answers_end_with_the_context():

@@ -293,6 +293,13 @@ class OVFastForConditionalGeneration:
             )
         if streamer is not None:
             streamer.put(input_ids.cpu())
+        clocks = [c for c in plan.criteria if isinstance(c, self._transformers.MaxTimeCriteria)]
+        if clocks and len(prompts) > 1:
+            # Rows with criteria follow one another: the clock would run out in the first.
+            raise OptionError(
+                f"max_time={clocks[0].max_time!r} with {len(prompts)} rows; expected one row. Call"
+                " generate for each prompt, or limit max_new_tokens."
+            )
         new_ids = []
         for index, prompt in enumerate(prompts):
             new_ids.append(list(self._stream(prompt, input_ids[index : index + 1], plan, streamer)))

@@ -265,8 +265,11 @@ def _criteria(
     criteria = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
     if not all(map(callable, criteria)):
         raise OptionError(f"stopping_criteria={given!r:.100}; expected a callable or several.")
-    if merged.get("max_time") is not None:
-        criteria.append(transformers.MaxTimeCriteria(max_time=merged["max_time"]))
+    max_time = merged.get("max_time")
+    if max_time is not None:
+        if not isinstance(max_time, int | float):
+            raise OptionError(f"max_time={max_time!r}; expected seconds, a number.")
+        criteria.append(transformers.MaxTimeCriteria(max_time=max_time))
     if merged.get("stop_strings") is not None:
         if tokenizer is None:
             raise OptionError("stop_strings without tokenizer; pass tokenizer=processor.tokenizer.")

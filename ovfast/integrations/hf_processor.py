@@ -208,6 +208,8 @@ class OVFastProcessor:
         given = list(images) if isinstance(images, list | tuple) else [images]
         nested = any(isinstance(each, list | tuple) for each in given)
         groups = [list(each) for each in given] if nested else [[each] for each in given]
+        if not any(groups):
+            return {}, []
         counts = [len(group) for group in groups]
         pictures = [self._picture(each) for group in groups for each in group]
         sizes = [[int(side) for side in picture.shape[:2]] for picture in pictures]
@@ -235,6 +237,8 @@ class OVFastProcessor:
             return {}, []
         if not isinstance(videos, list | tuple):
             videos = [videos]
+        if not videos:
+            return {}, []
         clips = [
             load_video(each, limits=self.media_limits, num_frames=num_frames, fps=fps)
             for each in videos

@@ -244,6 +244,17 @@ def test_criteria_and_stop_strings_end_a_row(pair: Pair) -> None:
     assert torch.equal(ours, theirs)
     assert ours.shape[1] == width + 2
     assert pair.ours.generate(**inputs, max_time=0.0).shape[1] == width + 1
+    with pytest.raises(OptionError, match="max_time='x'; expected seconds"):
+        pair.ours.generate(**inputs, max_time="x")
+
+
+def test_a_clock_is_for_one_row(pair: Pair) -> None:
+    """Rows with criteria follow one another: it would run out in the first."""
+    inputs = pair.inputs("flat")
+    clock = transformers.MaxTimeCriteria(max_time=5.0)
+    for options in ({"max_time": 5.0}, {"stopping_criteria": [clock]}):
+        with pytest.raises(OptionError, match=r"max_time=5\.0 with \d rows; expected one row"):
+            pair.ours.generate(**inputs, **options)
 
 
 def test_a_batch_with_criteria_is_filled_up(pair: Pair) -> None:

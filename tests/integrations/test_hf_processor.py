@@ -106,6 +106,13 @@ def test_videos_and_decoding(ours: OVFastProcessor, tiny_checkpoint: Path) -> No
     model.close()
 
 
+@pytest.mark.parametrize("none", [{"images": []}, {"images": [[]]}, {"videos": []}])
+def test_no_media_are_text_alone(ours: OVFastProcessor, none: dict[str, Any]) -> None:
+    batch, plain = ours(text="What?", **none), ours(text="What?")
+    assert batch.keys() == plain.keys()
+    assert torch.equal(batch["input_ids"], plain["input_ids"])
+
+
 def test_refusals(ours: OVFastProcessor) -> None:
     for error, arguments in (
         (PromptError, {"text": "<image>"}),

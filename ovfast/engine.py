@@ -21,6 +21,7 @@ from ovfast.engine_base import EngineBase
 from ovfast.media_sources import media_turn
 from ovfast.options import (
     batch_items,
+    check_estimate,
     choice_texts,
     continuation_texts,
     encode_options,
@@ -312,9 +313,13 @@ class Engine(EngineBase):
             system: as in `generate`.
             raw: as in `generate`.
             machine: of `ovfast.bench.calibration.measure_machine`; None gives no times.
+
+        Raises:
+            OVFastError: see `ovfast.errors`.
         """
         self._scheduler.loaded()
         make_sampling(None, {"max_new_tokens": max_new_tokens})
+        check_estimate(image_sizes_hw, num_frames, machine)
         side = self.config.vision.image_size  # a video's tokens do not depend on its frames' size
         input_ids, _, plans = self._processor.layout(
             prompt,

@@ -13,6 +13,7 @@ from ovfast.encoded_media import KEEP, EncodedMedia
 from ovfast.errors import OptionError, PromptError
 from ovfast.media_sources import image_list, video_list
 from ovfast.processor import ModelInputs
+from ovfast.roofline import Machine
 from ovfast.sampling import SamplingParams
 
 NORMALIZE = ("sum", "mean")
@@ -172,6 +173,25 @@ def token_positions(positions: Any, num_tokens: int) -> list[int]:
             " Pass None for all positions."
         )
     return wanted
+
+
+def check_estimate(image_sizes_hw: Any, num_frames: Any, machine: Any) -> None:
+    """Refuses what `Engine.estimate` cannot reckon with.
+
+    Raises:
+        OptionError: not lists, not a Machine.
+    """
+    for name, given in (("image_sizes_hw", image_sizes_hw), ("num_frames", num_frames)):
+        if not isinstance(given, Iterable) or isinstance(given, str):
+            raise OptionError(
+                f"{name}={given!r:.100}; expected a list: a (height, width) for each picture, a"
+                " number of frames for each video."
+            )
+    if machine is not None and not isinstance(machine, Machine):
+        raise OptionError(
+            f"machine={machine!r:.100}; expected a Machine of"
+            " ovfast.bench.calibration.measure_machine, or None for no times."
+        )
 
 
 def check_inputs(inputs: Any, vocab_size: int, image_size: int) -> None:

@@ -103,3 +103,9 @@ def test_bad_arguments(engine: Engine) -> None:
         engine.estimate("Q", image_sizes_hw=[5])
     with pytest.raises(OptionError, match="expected VisualOptions"):
         engine.estimate("Q", visual="paper")
+    with pytest.raises(OptionError, match="num_frames=5; expected a list"):
+        engine.estimate("Q", num_frames=5)
+    with pytest.raises(OptionError, match="image_sizes_hw=None; expected a list"):
+        engine.estimate("Q", image_sizes_hw=None)
+    with pytest.raises(OptionError, match="machine=5; expected a Machine"):
+        engine.estimate("Q", machine=5)

@@ -92,7 +92,7 @@ class LLM:
         generation_config: str = "auto",
         **kwargs: Any,
     ) -> None:
-        if tokenizer is not None and os.fspath(tokenizer) != os.fspath(model):
+        if tokenizer is not None and str(tokenizer) != str(model):
             raise OptionError(f"tokenizer={tokenizer!r}; expected the model's own. Leave it out.")
         if generation_config not in ("auto", "vllm"):
             raise OptionError(

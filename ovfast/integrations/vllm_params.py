@@ -101,7 +101,7 @@ class SamplingParams:
             self.seed = None
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         self.stop_token_ids = self.stop_token_ids or []
-        self.bad_words = list(self.bad_words or ())
+        self.bad_words = self.bad_words or []
         self.logprobs = 1 if self.logprobs is True else self.logprobs
         self.check()
 

@@ -67,6 +67,12 @@ def prepare_prompt(
     ids = prompt["prompt_token_ids"]
     if not _is_ids(ids):
         raise PromptError(f"prompt_token_ids={ids!r:.100}; expected a list of integers.")
+    vocab_size = engine.config.text.vocab_size
+    if wrong := [each for each in ids if not 0 <= each < vocab_size]:
+        raise PromptError(
+            f"prompt_token_ids holds {wrong[0]}; expected ids from 0 to {vocab_size - 1}. Use ids"
+            " of this checkpoint's tokenizer."
+        )
     return None, _from_ids(engine, [int(each) for each in ids], images, videos, visual)
 
 

@@ -262,6 +262,7 @@ def test_default_sampling_comes_from_the_checkpoint(tiny_checkpoint: Path, tmp_p
     [
         {"tensor_parallel_size": 2},
         {"tokenizer": "other/model"},
+        {"tokenizer": 5},
         {"quantization": "awq"},
         {"enable_lora": True},
         {"hf_overrides": {"x": 1}},
@@ -291,6 +292,7 @@ def test_other_refusals(demo: LLM) -> None:
         (OptionError, {"prompt": "x", "mm_processor_kwargs": {"num_crops": 1}}),
         (PromptError, []),
         (PromptError, [10**6]),
+        (PromptError, [10**30]),
         (PromptError, [[3, -5]]),
     ):
         with pytest.raises(error):
@@ -313,6 +315,8 @@ def test_other_refusals(demo: LLM) -> None:
     ):
         with pytest.raises(OptionError):
             demo.chat(chat, **options)
+    with pytest.raises(OptionError, match="bad_words=5"):
+        SamplingParams(bad_words=5)
     for messages in ([], {"role": "user", "content": "x"}, None):
         with pytest.raises(PromptError):
             demo.chat(messages)

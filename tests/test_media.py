@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from ovfast.errors import MediaError, OptionError
-from ovfast.media import MediaLimits, choose_frames, load_image, load_video
+from ovfast.media import _FORMATS, MediaLimits, choose_frames, load_image, load_video
 from ovfast.media_sources import decoding
 
 RNG = np.random.default_rng(7)
@@ -52,6 +52,18 @@ def png_header(width: int, height: int) -> bytes:
         + chunk(b"IDAT", zlib.compress(b"\0" * 100))
         + chunk(b"IEND", b"")
     )
+
+
+def iptc(content: bytes) -> bytes:
+    """An IPTC file that declares 8×8 pixels and holds another file, which Pillow opens."""
+    fields = [
+        (3, 20, struct.pack(">I", 8)),
+        (3, 30, struct.pack(">I", 8)),
+        (3, 60, b"\1\0"),
+        (3, 120, b"\5"),
+    ]
+    fields += [(8, 10, content[at : at + 32_000]) for at in range(0, len(content), 32_000)]
+    return b"".join(struct.pack(">BBBH", 28, *key, len(data)) + data for *key, data in fields)
 
 
 def write_clip(
@@ -142,6 +154,17 @@ def test_neither_torch_nor_pyav_is_needed_for_pictures(monkeypatch):
 def test_pyav_is_imported_lazily():
     code = "import sys, ovfast.media; assert 'av' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize("kind", sorted(_FORMATS))
+def test_formats_of_pictures(kind):
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {kind}")
+    colour = (200, 100, 50)
+    loaded = load_image(encode(Image.new("RGB", (16, 8), colour), kind))
+    assert np.abs(loaded.astype(int) - colour).max() <= 4
+    assert loaded.shape == (8, 16, 3)
 
 
 # Pictures: odd but valid
@@ -336,7 +359,6 @@ def test_damaged_files(tmp_path):
         data = encode(Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)), kind)
         refuse(data[: len(data) // 2], "cannot be decoded|no known")
     refuse(b"not a picture" * 50, "no known picture format")
-    refuse(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n", "no known picture format")
     damaged = tmp_path / "damaged.png"
     damaged.write_bytes(PNG[:40] + b"\xff" * 20 + PNG[60:])
     refuse(damaged, "damaged.png")
@@ -450,6 +472,26 @@ def test_the_bomb_check_holds_in_threads_and_leaves_global_state_alone():
         results = list(pool.map(attempt, range(40)))
     assert results == ["bomb", "ok", "bomb", "ok", "truncated"] * 8
     assert (Image.MAX_IMAGE_PIXELS, list(warnings.filters)) == before
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n%%EndComments\nshowpage\n%%EOF\n"
+LARGE = encode(Image.new("L", (2000, 1000)), "PNG")
+ICO = struct.pack("<3H4B2H2I", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(LARGE), 22) + LARGE
+ICNS = b"icns" + struct.pack(">I4sI", len(LARGE) + 16, b"ic07", len(LARGE) + 8) + LARGE
+
+
+@pytest.mark.parametrize("data", [EPS, iptc(EPS), iptc(LARGE), ICO, ICNS])
+def test_files_of_other_files_are_not_opened(data, monkeypatch):
+    """Pillow would decode 2000×1000 pixels from a header of 8×8, or start Ghostscript."""
+    for call in ("Popen", "call", "check_call", "run"):
+        monkeypatch.setattr(subprocess, call, None)
+    refuse(data, "no known picture format", limits=MediaLimits(max_image_pixels=100))
+
+
+def test_what_a_pil_image_decodes_to_is_within_the_limit():
+    opened = Image.open(io.BytesIO(iptc(LARGE)))
+    assert opened.size == (8, 8)
+    refuse(opened, "1000×2000 = 2000000 pixels", limits=MediaLimits(max_image_pixels=1000))
 
 
 @pytest.mark.parametrize("name", ["bytes", "path", "uri"])

@@ -3,7 +3,7 @@
 Owns counting, choosing and decoding frames; clips as arrays or lists of pictures are media.py's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -147,10 +147,24 @@ def _decode_frames(
 ) -> tuple[UInt8Array | None, int]:
     stream = _video_stream(container)
     assert stream is not None
+    try:
+        return _take_frames(container.decode(stream), indices, limits, exif)
+    finally:
+        # Closing a decoder joins its threads while PyAV holds the GIL, for which they wait where
+        # av.logging has a level and they have something to say. Here they finish without it.
+        stream.codec_context.flush_buffers()
+
+
+def _take_frames(
+    decoder: "Iterator[av.video.VideoFrame]",
+    indices: Sequence[int],
+    limits: MediaLimits,
+    exif: bool,
+) -> tuple[UInt8Array | None, int]:
     frames: UInt8Array | None = None
     size: tuple[int, int] | None = None
     taken = decoded = 0
-    for frame in container.decode(stream):
+    for frame in decoder:
         if decoded == indices[taken]:
             if size is None:
                 size = frame.height, frame.width

@@ -9,6 +9,7 @@ import re
 import struct
 import subprocess
 import sys
+import textwrap
 import warnings
 import wave
 import zlib
@@ -75,8 +76,9 @@ def write_clip(
     rate: int = 10,
     rotation: float | None = None,
     pts: list[int] | None = None,
+    noise: bool = False,
 ) -> Path:
-    """A clip whose frame i is grey 5·i with a white mark in the top left corner."""
+    """A clip whose frame i is grey 5·i, or noise, with a white mark in the top left corner."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
@@ -87,6 +89,8 @@ def write_clip(
             stream.set_display_rotation(rotation)
         for index in range(num_frames):
             picture = np.full((*size, 3), 5 * index, np.uint8)
+            if noise:
+                picture = np.random.default_rng(index).integers(0, 256, (*size, 3), np.uint8)
             picture[:16, :16] = 255
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts = index if pts is None else pts[index]
@@ -673,6 +677,29 @@ def test_bad_video_files(tmp_path, capfd):
     refuse_video(sound.getvalue(), "no video stream.*audio")
     refuse_video(write_clip(tmp_path / "none.avi", 0, codec="mpeg4"), "no frames|cannot|no video")
     assert capfd.readouterr() == ("", "")
+
+
+def test_clips_are_closed_while_ffmpeg_logs(tmp_path):
+    """Its threads want the GIL for each message, so the GIL must be free until they are done."""
+    clip = bytearray(
+        write_clip(
+            tmp_path / "clip.ts", 16, codec="libx264", size=(240, 320), noise=True
+        ).read_bytes()
+    )
+    for place in np.random.default_rng(0).integers(len(clip) // 4, len(clip), 400):
+        clip[place] ^= 0x55
+    (tmp_path / "clip.ts").write_bytes(clip)
+    code = f"""
+        import contextlib, logging, av, ovfast.media
+        logging.getLogger("libav").setLevel(logging.CRITICAL)
+        av.logging.set_level(av.logging.ERROR)
+        for index in range(40):
+            with contextlib.suppress(ovfast.MediaError):
+                options = dict(num_frames=2, fps=1.0 if index % 2 else None)
+                ovfast.media.load_video({str(tmp_path / "clip.ts")!r}, **options)
+    """
+    run = [sys.executable, "-c", textwrap.dedent(code)]
+    subprocess.run(run, check=True, timeout=60, cwd=Path(__file__).parents[1])
 
 
 def test_a_playlist_opens_no_other_file(tmp_path, monkeypatch):

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 UInt8Array = npt.NDArray[np.uint8]
 
-# A clip may be a playlist ("ffconcat", HLS); without this FFmpeg would open the files it names.
-_AV_OPTIONS = {"protocol_whitelist": "none"}
+# Decoders round the sides of a frame up: by at most 127 pixels, on sides of at most 65535.
+_MAX_PADDING = 2**24
+_INT_MAX = 2**31 - 1  # the most FFmpeg's max_pixels takes
 _ATTACHED_PICTURE = 0x400  # FFmpeg's disposition of cover art
 
 
@@ -82,13 +83,13 @@ def decode_clip(
             "list of frames. Run 'pip install av'."
         ) from error
     try:
-        with av.open(file, "r", options=_AV_OPTIONS, metadata_errors="replace") as container:
+        with _open_clip(file, limits) as container:
             count, average_fps = _probe_clip(container, name, limits, fps)
         while True:
             indices = choose_frames(count, average_fps, num_frames=num_frames, fps=fps)
             check_clip(len(indices), (1, 1), limits)
             file.seek(0)
-            with av.open(file, "r", options=_AV_OPTIONS, metadata_errors="replace") as container:
+            with _open_clip(file, limits) as container:
                 frames, decoded = _decode_frames(container, indices, limits, exif)
             if frames is not None:
                 return frames
@@ -97,8 +98,23 @@ def decode_clip(
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError(
             f"video {name} cannot be decoded ({type(error).__name__}: {error}); expected a "
-            "complete, valid clip in one file. Check that it was written or downloaded completely."
+            "complete, valid clip in one file, with frames of at most "
+            f"{limits.max_frame_pixels} pixels (MediaLimits.max_frame_pixels). Check that it was "
+            "written or downloaded completely."
         ) from error
+
+
+def _open_clip(file: BinaryIO, limits: MediaLimits) -> "av.container.InputContainer":
+    import av
+
+    # A clip may be a playlist ("ffconcat", HLS); without the list FFmpeg opens the files it names.
+    options = {"protocol_whitelist": "none", **_decoder_options(limits)}
+    return av.open(file, "r", options=options, metadata_errors="replace")
+
+
+def _decoder_options(limits: MediaLimits) -> dict[str, str]:
+    """No frame far beyond the limit is allocated; frames may be larger than the header says."""
+    return {"max_pixels": str(min(limits.max_frame_pixels + _MAX_PADDING, _INT_MAX))}
 
 
 def _video_stream(container: "av.container.InputContainer") -> "av.video.VideoStream | None":
@@ -147,6 +163,7 @@ def _decode_frames(
 ) -> tuple[UInt8Array | None, int]:
     stream = _video_stream(container)
     assert stream is not None
+    stream.codec_context.options = _decoder_options(limits)
     try:
         return _take_frames(container.decode(stream), indices, limits, exif)
     finally:
@@ -165,6 +182,7 @@ def _take_frames(
     size: tuple[int, int] | None = None
     taken = decoded = 0
     for frame in decoder:
+        check_clip(1, (frame.height, frame.width), limits)
         if decoded == indices[taken]:
             if size is None:
                 size = frame.height, frame.width

@@ -14,6 +14,7 @@ import warnings
 import wave
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,21 @@ def write_clip(
             for packet in stream.encode(frame):
                 container.mux(packet)
         for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+def write_jpegs(path: Path, sizes_hw: list[tuple[int, int]]) -> Path:
+    """A clip of 64×64, as its header says, of pictures of any size."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuvj420p"
+        for index, (height, width) in enumerate(sizes_hw):
+            packet = av.Packet(encode(Image.new("RGB", (width, height)), "JPEG"))
+            packet.pts = packet.dts = index
+            packet.time_base = Fraction(1, 10)
+            packet.stream = stream
             container.mux(packet)
     return path
 
@@ -735,6 +751,27 @@ def test_video_limits(tmp_path):
     refuse_video(list(clip), "max_video_frames", limits=MediaLimits(max_video_frames=8))
     refuse_video(list(clip), "max_video_pixels", limits=MediaLimits(max_video_pixels=143))
     refuse_video(clip, "max_frame_pixels", limits=MediaLimits(max_frame_pixels=15))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_every_frame_of_a_file_is_within_the_limit(index, tmp_path):
+    """Frames 0 and 2 go on; frame 1 is only decoded on the way."""
+    limits = MediaLimits(max_frame_pixels=64 * 64)
+    sizes = [(64, 64)] * 3
+    assert load_video(write_jpegs(tmp_path / "clip.avi", sizes), num_frames=2).shape[0] == 2
+    sizes[index] = (64, 80)
+    path = write_jpegs(tmp_path / "clip.avi", sizes)
+    refuse_video(path, "64×80.*max_frame_pixels", limits=limits, num_frames=2)
+    assert load_video(path, num_frames=2, limits=MediaLimits(max_frame_pixels=10**15)).shape[0] == 2
+    # Far beyond the limit a frame is not even decoded.
+    sizes[index] = (4200, 4200)
+    path = write_jpegs(tmp_path / "clip.avi", sizes)
+    refuse_video(path, "cannot be decoded.*4096 pixels", limits=limits, num_frames=2)
+
+
+def test_a_frame_of_another_size_is_resized_to_the_first(tmp_path):
+    path = write_jpegs(tmp_path / "clip.avi", [(64, 64), (32, 48), (96, 16)])
+    assert load_video(path).shape == (3, 64, 64, 3)
 
 
 def test_without_pyav_the_error_says_what_to_install(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ UInt8Array = npt.NDArray[np.uint8]
 _MAX_PADDING = 2**24
 _INT_MAX = 2**31 - 1  # the most FFmpeg's max_pixels takes
 _ATTACHED_PICTURE = 0x400  # FFmpeg's disposition of cover art
+_PICTURE_BRANDS = frozenset({"avif", "heic", "heix", "mif1"})  # MP4 files of one picture
 
 
 def choose_frames(
@@ -91,6 +92,8 @@ def decode_clip(
             file.seek(0)
             with _open_clip(file, limits) as container:
                 frames, decoded = _decode_frames(container, indices, limits, exif)
+                if count == 1:
+                    _refuse_picture(container, name)
             if frames is not None:
                 return frames
             # Packets without a picture of their own (field pairs, hidden frames): count was high.
@@ -121,7 +124,6 @@ def _video_stream(container: "av.container.InputContainer") -> "av.video.VideoSt
     for stream in container.streams.video:
         is_cover = stream.disposition.value & _ATTACHED_PICTURE  # a Flag, no IntFlag, up to PyAV 15
         if not is_cover and stream.codec_context is not None:
-            stream.thread_type = "AUTO"
             return stream
     return None
 
@@ -155,6 +157,17 @@ def _probe_clip(
     return count, float(rate or 0.0)
 
 
+def _refuse_picture(container: "av.container.InputContainer", name: str) -> None:
+    """Refuses the formats that are pictures; one frame of a GIF or a clip's format is a clip."""
+    demuxer, brand = container.format.name, container.metadata.get("major_brand")
+    is_picture = demuxer in {"image2", "ico"} or demuxer.endswith("_pipe")
+    if is_picture or brand in _PICTURE_BRANDS:
+        raise MediaError(
+            f"video {name} is a picture; expected a clip. For a video made of frames pass a list "
+            "of them, videos=[[frame, ...]]; a picture goes to images=."
+        )
+
+
 def _decode_frames(
     container: "av.container.InputContainer",
     indices: Sequence[int],
@@ -163,6 +176,7 @@ def _decode_frames(
 ) -> tuple[UInt8Array | None, int]:
     stream = _video_stream(container)
     assert stream is not None
+    stream.thread_type = "AUTO"
     stream.codec_context.options = _decoder_options(limits)
     try:
         return _take_frames(container.decode(stream), indices, limits, exif)

@@ -643,6 +643,34 @@ def test_animated_gif_is_a_clip():
     assert load_video(data)[:, 8, 8].tolist() == [list(colour) for colour in colours]
 
 
+@pytest.mark.parametrize("kind", ["GIF", "PNG"])
+def test_animations_are_clips(kind):
+    pytest.importorskip("av")
+    frames = [Image.fromarray(RNG.integers(0, 256, (16, 16, 3), np.uint8)) for _ in range(3)]
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], duration=100)
+    assert len(load_video(data)) == 3
+    assert len(load_video(data, num_frames=1)) == 1
+
+
+def test_one_frame_of_a_format_of_clips_is_a_clip(tmp_path):
+    assert load_video(write_clip(tmp_path / "clip.mp4", 1, codec="libx264")).shape[0] == 1
+    assert load_video(encode(Image.new("RGB", (16, 16)), "GIF")).shape[0] == 1
+
+
+@pytest.mark.parametrize("kind", sorted(_FORMATS - {"DIB", "GIF", "MPO", "TGA"}))
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_a_picture_is_no_video(kind, as_bytes, tmp_path):
+    pytest.importorskip("av")
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {kind}")
+    path = tmp_path / f"frame.{ {'JPEG': 'jpg', 'JPEG2000': 'jp2'}.get(kind, kind.lower()) }"
+    path.write_bytes(encode(Image.new("RGB", (64, 48)), kind))
+    refuse_video(
+        path.read_bytes() if as_bytes else path, r"is a picture; expected.*videos=\[\[frame"
+    )
+
+
 def test_arrays_and_lists_are_used_as_they_are(tmp_path):
     clip = RNG.integers(0, 256, (40, 5, 7, 3), dtype=np.uint8)
     np.testing.assert_array_equal(load_video(clip, num_frames=4), clip)

@@ -41,8 +41,12 @@ _ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Pillow hands EPS to an external Ghostscript process.
-_REFUSED_FORMATS = frozenset({"EPS"})
+# Formats whose header says what will be decoded. Of Pillow's others EPS starts Ghostscript, stubs
+# call what the program has registered, IPTC, ICO, ICNS and BLP hold a picture of another size.
+# HEIF and JXL come with packages that register them.
+_COMMON_FORMATS = {"BMP", "DIB", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
+_RARE_FORMATS = {"AVIF", "DDS", "HEIF", "JPEG2000", "JXL", "PCX", "QOI", "SGI", "TGA"}
+_FORMATS = frozenset(_COMMON_FORMATS | _RARE_FORMATS)
 _PICTURES = (
     "a path, encoded bytes, a data URI, a PIL image, or a uint8 array or tensor (height, width, 3)"
 )
@@ -266,10 +270,11 @@ def _own(array: npt.NDArray[Any]) -> UInt8Array:
 
 def _identify_picture(data: bytes, name: str) -> Image.Image:
     # As Image.open, less its bomb check: that warns through global state, and at a size of its own.
-    file, tried = io.BytesIO(data), set(_REFUSED_FORMATS)
+    file, tried = io.BytesIO(data), set[str]()
     for initialise in (Image.preinit, Image.init):
         initialise()
-        for key in [key for key in Image.ID if key not in tried and key in Image.OPEN]:
+        untried = [key for key in Image.ID if key in _FORMATS and key not in tried]
+        for key in [key for key in untried if key in Image.OPEN]:
             tried.add(key)
             factory, accept = Image.OPEN[key]
             verdict = accept is None or accept(data[:16])
@@ -283,8 +288,8 @@ def _identify_picture(data: bytes, name: str) -> Image.Image:
             except Exception as error:
                 raise _undecodable(name, error) from error
     raise MediaError(
-        f"image {name} is in no known picture format; expected PNG, JPEG, WebP, GIF, TIFF, BMP or "
-        "another that Pillow reads. Convert it; clips go to videos=, and HEIC needs pillow-heif."
+        f"image {name} is in no known picture format; expected PNG, JPEG, WebP, GIF, TIFF, BMP, "
+        "AVIF or JPEG 2000. Convert it; clips go to videos=, and HEIC needs pillow-heif."
     )
 
 
@@ -296,13 +301,13 @@ def _undecodable(name: str, error: BaseException) -> MediaError:
 
 
 def _decode_picture(picture: Image.Image, name: str, limits: MediaLimits, exif: bool) -> UInt8Array:
-    width, height = picture.size
-    check_pixels(height, width, f"image {name}", limits.max_image_pixels)
+    _check_size(picture.size, name, limits)
     # The further pictures of an MPO are a camera's previews.
     if picture.format != "MPO" and _ask(lambda: picture.is_animated, False):  # type: ignore[attr-defined]
         _logger.info("image %s holds several frames or pages; one of them is used", name)
     try:
         picture.load()
+        _check_size(picture.im.size, name, limits)  # what was decoded, whatever the header said
         rgb = _to_rgb(picture, name)
         orientation = _ask(lambda: picture.getexif().get(_ORIENTATION_TAG), None)
         method = _ORIENTATIONS.get(orientation) if exif else None
@@ -311,6 +316,11 @@ def _decode_picture(picture: Image.Image, name: str, limits: MediaLimits, exif: 
         raise
     except Exception as error:  # decoders raise anything on damaged data
         raise _undecodable(name, error) from error
+
+
+def _check_size(size: tuple[int, int], name: str, limits: MediaLimits) -> None:
+    width, height = size
+    check_pixels(height, width, f"image {name}", limits.max_image_pixels)
 
 
 def _ask(read: Callable[[], Any], default: Any) -> Any:

@@ -72,7 +72,7 @@ def image_list(images: object) -> list[Any]:
 
 
 def video_list(videos: object) -> list[Any]:
-    """A list of videos; a list whose items are all pictures is one video of these frames."""
+    """A list of videos; a list of PIL images or arrays alone is one video of these frames."""
     if videos is None:
         return []
     if not isinstance(videos, list | tuple):

@@ -3,7 +3,7 @@
 Owns counting, choosing and decoding frames; clips as arrays or lists of pictures are media.py's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 UInt8Array = npt.NDArray[np.uint8]
 
-# A clip may be a playlist ("ffconcat", HLS); without this FFmpeg would open the files it names.
-_AV_OPTIONS = {"protocol_whitelist": "none"}
+# Decoders round the sides of a frame up: by at most 127 pixels, on sides of at most 65535.
+_MAX_PADDING = 2**24
+_INT_MAX = 2**31 - 1  # the most FFmpeg's max_pixels takes
 _ATTACHED_PICTURE = 0x400  # FFmpeg's disposition of cover art
+_PICTURE_BRANDS = frozenset({"avif", "heic", "heix", "mif1"})  # MP4 files of one picture
 
 
 def choose_frames(
@@ -82,14 +84,16 @@ def decode_clip(
             "list of frames. Run 'pip install av'."
         ) from error
     try:
-        with av.open(file, "r", options=_AV_OPTIONS, metadata_errors="replace") as container:
+        with _open_clip(file, limits) as container:
             count, average_fps = _probe_clip(container, name, limits, fps)
         while True:
             indices = choose_frames(count, average_fps, num_frames=num_frames, fps=fps)
             check_clip(len(indices), (1, 1), limits)
             file.seek(0)
-            with av.open(file, "r", options=_AV_OPTIONS, metadata_errors="replace") as container:
+            with _open_clip(file, limits) as container:
                 frames, decoded = _decode_frames(container, indices, limits, exif)
+                if count == 1:
+                    _refuse_picture(container, name)
             if frames is not None:
                 return frames
             # Packets without a picture of their own (field pairs, hidden frames): count was high.
@@ -97,15 +101,29 @@ def decode_clip(
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError(
             f"video {name} cannot be decoded ({type(error).__name__}: {error}); expected a "
-            "complete, valid clip in one file. Check that it was written or downloaded completely."
+            "complete, valid clip in one file, with frames of at most "
+            f"{limits.max_frame_pixels} pixels (MediaLimits.max_frame_pixels). Check that it was "
+            "written or downloaded completely."
         ) from error
+
+
+def _open_clip(file: BinaryIO, limits: MediaLimits) -> "av.container.InputContainer":
+    import av
+
+    # A clip may be a playlist ("ffconcat", HLS); without the list FFmpeg opens the files it names.
+    options = {"protocol_whitelist": "none", **_decoder_options(limits)}
+    return av.open(file, "r", options=options, metadata_errors="replace")
+
+
+def _decoder_options(limits: MediaLimits) -> dict[str, str]:
+    """No frame far beyond the limit is allocated; frames may be larger than the header says."""
+    return {"max_pixels": str(min(limits.max_frame_pixels + _MAX_PADDING, _INT_MAX))}
 
 
 def _video_stream(container: "av.container.InputContainer") -> "av.video.VideoStream | None":
     for stream in container.streams.video:
         is_cover = stream.disposition.value & _ATTACHED_PICTURE  # a Flag, no IntFlag, up to PyAV 15
         if not is_cover and stream.codec_context is not None:
-            stream.thread_type = "AUTO"
             return stream
     return None
 
@@ -139,6 +157,17 @@ def _probe_clip(
     return count, float(rate or 0.0)
 
 
+def _refuse_picture(container: "av.container.InputContainer", name: str) -> None:
+    """Refuses the formats that are pictures; one frame of a GIF or a clip's format is a clip."""
+    demuxer, brand = container.format.name, container.metadata.get("major_brand")
+    is_picture = demuxer in {"image2", "ico"} or demuxer.endswith("_pipe")
+    if is_picture or brand in _PICTURE_BRANDS:
+        raise MediaError(
+            f"video {name} is a picture; expected a clip. For a video made of frames pass a list "
+            "of them, videos=[[frame, ...]]; a picture goes to images=."
+        )
+
+
 def _decode_frames(
     container: "av.container.InputContainer",
     indices: Sequence[int],
@@ -147,10 +176,27 @@ def _decode_frames(
 ) -> tuple[UInt8Array | None, int]:
     stream = _video_stream(container)
     assert stream is not None
+    stream.thread_type = "AUTO"
+    stream.codec_context.options = _decoder_options(limits)
+    try:
+        return _take_frames(container.decode(stream), indices, limits, exif)
+    finally:
+        # Closing a decoder joins its threads while PyAV holds the GIL, for which they wait where
+        # av.logging has a level and they have something to say. Here they finish without it.
+        stream.codec_context.flush_buffers()
+
+
+def _take_frames(
+    decoder: "Iterator[av.video.VideoFrame]",
+    indices: Sequence[int],
+    limits: MediaLimits,
+    exif: bool,
+) -> tuple[UInt8Array | None, int]:
     frames: UInt8Array | None = None
     size: tuple[int, int] | None = None
     taken = decoded = 0
-    for frame in container.decode(stream):
+    for frame in decoder:
+        check_clip(1, (frame.height, frame.width), limits)
         if decoded == indices[taken]:
             if size is None:
                 size = frame.height, frame.width

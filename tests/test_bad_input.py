@@ -135,6 +135,7 @@ BAD_VIDEOS: dict[str, tuple[Any, str]] = {
     "empty list": ([[]], r"no frames; expected at least 1"),
     "corrupt": (b"\0\0\0\x18ftypmp42" + bytes(range(256)) * 20, r"cannot be decoded|no video str"),
     "a picture": (PIXELS[0], r"shape \(20, 3\); expected \(frames, height"),
+    "files of frames": ([jpeg()] * 2, r"is a picture; expected.*videos=\[\[frame, \.\.\.\]\]"),
     "float": (np.zeros((2, 9, 9, 3)), r"dtype float64; expected uint8"),
     "two sizes": ([[PIXELS, PIXELS[:10]]], r"frame 1.*10×20.*expected one size\. Resize"),
     "URL": ("https://example.com/clip.mp4", r"is a URL; expected.*download it"),

@@ -9,10 +9,12 @@ import re
 import struct
 import subprocess
 import sys
+import textwrap
 import warnings
 import wave
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ import torch
 from PIL import Image
 
 from ovfast.errors import MediaError, OptionError
-from ovfast.media import MediaLimits, choose_frames, load_image, load_video
+from ovfast.media import _FORMATS, MediaLimits, choose_frames, load_image, load_video
 from ovfast.media_sources import decoding
 
 RNG = np.random.default_rng(7)
@@ -54,6 +56,18 @@ def png_header(width: int, height: int) -> bytes:
     )
 
 
+def iptc(content: bytes) -> bytes:
+    """An IPTC file that declares 8×8 pixels and holds another file, which Pillow opens."""
+    fields = [
+        (3, 20, struct.pack(">I", 8)),
+        (3, 30, struct.pack(">I", 8)),
+        (3, 60, b"\1\0"),
+        (3, 120, b"\5"),
+    ]
+    fields += [(8, 10, content[at : at + 32_000]) for at in range(0, len(content), 32_000)]
+    return b"".join(struct.pack(">BBBH", 28, *key, len(data)) + data for *key, data in fields)
+
+
 def write_clip(
     path: Path,
     num_frames: int,
@@ -63,8 +77,9 @@ def write_clip(
     rate: int = 10,
     rotation: float | None = None,
     pts: list[int] | None = None,
+    noise: bool = False,
 ) -> Path:
-    """A clip whose frame i is grey 5·i with a white mark in the top left corner."""
+    """A clip whose frame i is grey 5·i, or noise, with a white mark in the top left corner."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
@@ -75,12 +90,29 @@ def write_clip(
             stream.set_display_rotation(rotation)
         for index in range(num_frames):
             picture = np.full((*size, 3), 5 * index, np.uint8)
+            if noise:
+                picture = np.random.default_rng(index).integers(0, 256, (*size, 3), np.uint8)
             picture[:16, :16] = 255
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts = index if pts is None else pts[index]
             for packet in stream.encode(frame):
                 container.mux(packet)
         for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+def write_jpegs(path: Path, sizes_hw: list[tuple[int, int]]) -> Path:
+    """A clip of 64×64, as its header says, of pictures of any size."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuvj420p"
+        for index, (height, width) in enumerate(sizes_hw):
+            packet = av.Packet(encode(Image.new("RGB", (width, height)), "JPEG"))
+            packet.pts = packet.dts = index
+            packet.time_base = Fraction(1, 10)
+            packet.stream = stream
             container.mux(packet)
     return path
 
@@ -142,6 +174,17 @@ def test_neither_torch_nor_pyav_is_needed_for_pictures(monkeypatch):
 def test_pyav_is_imported_lazily():
     code = "import sys, ovfast.media; assert 'av' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize("kind", sorted(_FORMATS))
+def test_formats_of_pictures(kind):
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {kind}")
+    colour = (200, 100, 50)
+    loaded = load_image(encode(Image.new("RGB", (16, 8), colour), kind))
+    assert np.abs(loaded.astype(int) - colour).max() <= 4
+    assert loaded.shape == (8, 16, 3)
 
 
 # Pictures: odd but valid
@@ -336,7 +379,6 @@ def test_damaged_files(tmp_path):
         data = encode(Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)), kind)
         refuse(data[: len(data) // 2], "cannot be decoded|no known")
     refuse(b"not a picture" * 50, "no known picture format")
-    refuse(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n", "no known picture format")
     damaged = tmp_path / "damaged.png"
     damaged.write_bytes(PNG[:40] + b"\xff" * 20 + PNG[60:])
     refuse(damaged, "damaged.png")
@@ -450,6 +492,26 @@ def test_the_bomb_check_holds_in_threads_and_leaves_global_state_alone():
         results = list(pool.map(attempt, range(40)))
     assert results == ["bomb", "ok", "bomb", "ok", "truncated"] * 8
     assert (Image.MAX_IMAGE_PIXELS, list(warnings.filters)) == before
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n%%EndComments\nshowpage\n%%EOF\n"
+LARGE = encode(Image.new("L", (2000, 1000)), "PNG")
+ICO = struct.pack("<3H4B2H2I", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(LARGE), 22) + LARGE
+ICNS = b"icns" + struct.pack(">I4sI", len(LARGE) + 16, b"ic07", len(LARGE) + 8) + LARGE
+
+
+@pytest.mark.parametrize("data", [EPS, iptc(EPS), iptc(LARGE), ICO, ICNS])
+def test_files_of_other_files_are_not_opened(data, monkeypatch):
+    """Pillow would decode 2000×1000 pixels from a header of 8×8, or start Ghostscript."""
+    for call in ("Popen", "call", "check_call", "run"):
+        monkeypatch.setattr(subprocess, call, None)
+    refuse(data, "no known picture format", limits=MediaLimits(max_image_pixels=100))
+
+
+def test_what_a_pil_image_decodes_to_is_within_the_limit():
+    opened = Image.open(io.BytesIO(iptc(LARGE)))
+    assert opened.size == (8, 8)
+    refuse(opened, "1000×2000 = 2000000 pixels", limits=MediaLimits(max_image_pixels=1000))
 
 
 @pytest.mark.parametrize("name", ["bytes", "path", "uri"])
@@ -581,6 +643,34 @@ def test_animated_gif_is_a_clip():
     assert load_video(data)[:, 8, 8].tolist() == [list(colour) for colour in colours]
 
 
+@pytest.mark.parametrize("kind", ["GIF", "PNG"])
+def test_animations_are_clips(kind):
+    pytest.importorskip("av")
+    frames = [Image.fromarray(RNG.integers(0, 256, (16, 16, 3), np.uint8)) for _ in range(3)]
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], duration=100)
+    assert len(load_video(data)) == 3
+    assert len(load_video(data, num_frames=1)) == 1
+
+
+def test_one_frame_of_a_format_of_clips_is_a_clip(tmp_path):
+    assert load_video(write_clip(tmp_path / "clip.mp4", 1, codec="libx264")).shape[0] == 1
+    assert load_video(encode(Image.new("RGB", (16, 16)), "GIF")).shape[0] == 1
+
+
+@pytest.mark.parametrize("kind", sorted(_FORMATS - {"DIB", "GIF", "MPO", "TGA"}))
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_a_picture_is_no_video(kind, as_bytes, tmp_path):
+    pytest.importorskip("av")
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {kind}")
+    path = tmp_path / f"frame.{ {'JPEG': 'jpg', 'JPEG2000': 'jp2'}.get(kind, kind.lower()) }"
+    path.write_bytes(encode(Image.new("RGB", (64, 48)), kind))
+    refuse_video(
+        path.read_bytes() if as_bytes else path, r"is a picture; expected.*videos=\[\[frame"
+    )
+
+
 def test_arrays_and_lists_are_used_as_they_are(tmp_path):
     clip = RNG.integers(0, 256, (40, 5, 7, 3), dtype=np.uint8)
     np.testing.assert_array_equal(load_video(clip, num_frames=4), clip)
@@ -633,6 +723,29 @@ def test_bad_video_files(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_clips_are_closed_while_ffmpeg_logs(tmp_path):
+    """Its threads want the GIL for each message, so the GIL must be free until they are done."""
+    clip = bytearray(
+        write_clip(
+            tmp_path / "clip.ts", 16, codec="libx264", size=(240, 320), noise=True
+        ).read_bytes()
+    )
+    for place in np.random.default_rng(0).integers(len(clip) // 4, len(clip), 400):
+        clip[place] ^= 0x55
+    (tmp_path / "clip.ts").write_bytes(clip)
+    code = f"""
+        import contextlib, logging, av, ovfast.media
+        logging.getLogger("libav").setLevel(logging.CRITICAL)
+        av.logging.set_level(av.logging.ERROR)
+        for index in range(40):
+            with contextlib.suppress(ovfast.MediaError):
+                options = dict(num_frames=2, fps=1.0 if index % 2 else None)
+                ovfast.media.load_video({str(tmp_path / "clip.ts")!r}, **options)
+    """
+    run = [sys.executable, "-c", textwrap.dedent(code)]
+    subprocess.run(run, check=True, timeout=60, cwd=Path(__file__).parents[1])
+
+
 def test_a_playlist_opens_no_other_file(tmp_path, monkeypatch):
     pytest.importorskip("av")
     path = write_clip(tmp_path / "clip.mkv", 3)
@@ -666,6 +779,27 @@ def test_video_limits(tmp_path):
     refuse_video(list(clip), "max_video_frames", limits=MediaLimits(max_video_frames=8))
     refuse_video(list(clip), "max_video_pixels", limits=MediaLimits(max_video_pixels=143))
     refuse_video(clip, "max_frame_pixels", limits=MediaLimits(max_frame_pixels=15))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_every_frame_of_a_file_is_within_the_limit(index, tmp_path):
+    """Frames 0 and 2 go on; frame 1 is only decoded on the way."""
+    limits = MediaLimits(max_frame_pixels=64 * 64)
+    sizes = [(64, 64)] * 3
+    assert load_video(write_jpegs(tmp_path / "clip.avi", sizes), num_frames=2).shape[0] == 2
+    sizes[index] = (64, 80)
+    path = write_jpegs(tmp_path / "clip.avi", sizes)
+    refuse_video(path, "64×80.*max_frame_pixels", limits=limits, num_frames=2)
+    assert load_video(path, num_frames=2, limits=MediaLimits(max_frame_pixels=10**15)).shape[0] == 2
+    # Far beyond the limit a frame is not even decoded.
+    sizes[index] = (4200, 4200)
+    path = write_jpegs(tmp_path / "clip.avi", sizes)
+    refuse_video(path, "cannot be decoded.*4096 pixels", limits=limits, num_frames=2)
+
+
+def test_a_frame_of_another_size_is_resized_to_the_first(tmp_path):
+    path = write_jpegs(tmp_path / "clip.avi", [(64, 64), (32, 48), (96, 16)])
+    assert load_video(path).shape == (3, 64, 64, 3)
 
 
 def test_without_pyav_the_error_says_what_to_install(tmp_path, monkeypatch):

@@ -85,13 +85,18 @@ class Scheduler:
     def num_free_slots(self) -> int:
         return self._calls.count(None)
 
+    @property
+    def _inherited(self) -> bool:
+        """Whether a fork brought this here: the lock may then be a copy of a held one."""
+        return self._process != os.getpid()
+
     def loaded(self) -> Loaded:
         """The model, its cache and its runner.
 
         Raises:
             BackendError: they have been freed, or belong to the parent of this process.
         """
-        if self._process != os.getpid():
+        if self._inherited:
             # Threads of torch and of a driver, and locks in use, do not survive a fork.
             raise BackendError(
                 "the engine was loaded before this process was forked; expected one of this"
@@ -104,8 +109,8 @@ class Scheduler:
     def close(self) -> None:
         """Frees the model; a step that another thread is in ends first."""
         self._loaded = None
-        if self._process != os.getpid():
-            return  # the lock is a copy, perhaps of a held one
+        if self._inherited:
+            return
         with self._lock:
             self._changed.notify_all()
 
@@ -122,6 +127,7 @@ class Scheduler:
             BackendError: the engine is closed, or this thread is inside a step already.
             CapacityError: the device ran out of memory.
         """
+        self.loaded()  # before the lock
         with self._lock:
             self._check_not_stepping()
             loaded = self.loaded()
@@ -350,7 +356,7 @@ class Scheduler:
         """A slot, empty but for what it still has of the request's handle; None if none is free,
         unless `wait` is set: that blocks until there is one.
         """
-        self.loaded()  # before the handle: closing released it
+        self.loaded()  # before the lock, and before the handle: closing released it
         prefix = None if inputs.encoded is None else inputs.encoded.held().prefix
         with self._lock:
             while True:
@@ -394,6 +400,8 @@ class Scheduler:
             )
 
     def _collect_now(self) -> None:
+        if self._inherited:
+            return
         with self._lock:
             # Inside a step of this thread the step's end will do it.
             if not self._stepping and self._loaded is not None:

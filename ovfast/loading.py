@@ -120,9 +120,7 @@ def load(
     """
     wanted = wanted_storage(dtype, quantization, matmul_precision)
     _check_counts(threads=threads, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-    if device == "auto" and _is_packed_directory(model):
-        device = "cpu"
-    target = resolve_device(device)
+    target = device_for(model, device)
     for name, value, kind in (
         ("visual", visual, VisualOptions),
         ("media_limits", media_limits, MediaLimits),
@@ -189,11 +187,6 @@ def load(
     return _build(build, weight_bytes, cache_bytes, target)
 
 
-def _is_packed_directory(model: object) -> bool:
-    """Whether a model can run on the CPU alone, as far as is known before a download."""
-    return isinstance(model, str | os.PathLike) and is_packed(Path(model).expanduser())
-
-
 def _open_weights(
     path: Path, config: ModelConfig, ops: Ops, wanted: str | None
 ) -> tuple[CheckpointWeights | PackedCheckpoint, Ops]:
@@ -220,6 +213,15 @@ def _open_weights(
     return PackedCheckpoint(file, path, config, ops.native.PackedWeights), with_storage(
         ops, wanted or file.storage
     )
+
+
+def device_for(model: object, device: str | torch.device) -> torch.device:
+    """The device that a model is loaded to: `resolve_device`, but a CPU where "auto" meets a packed
+    directory, which runs nowhere else; what only a download would tell does not count.
+    """
+    if device == "auto" and isinstance(model, str | os.PathLike):
+        device = "cpu" if is_packed(Path(model).expanduser()) else device
+    return resolve_device(device)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

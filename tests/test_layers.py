@@ -55,7 +55,7 @@ LAYERS = (
     ("engine_base",),
     ("engine",),
     ("loading",),
-    ("conversion",),
+    ("conversion", "engine_cache"),
     ("api", "explain", "verify", "integrations"),
     ("demo_run",),
     ("bench",),

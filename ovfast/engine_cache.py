@@ -6,15 +6,22 @@ from typing import Any
 
 from ovfast.checkpoint import resolve_checkpoint
 from ovfast.engine import Engine
+from ovfast.forks import after_fork
 from ovfast.loading import device_for, load
 
 
 class EngineCache:
-    """Engines already loaded, one a checkpoint, device and other options; for any thread."""
+    """Engines already loaded, one a checkpoint, device and other options; for any thread.
+
+    A forked child begins with none: it can use no engine of its parent.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._engines: dict[tuple[str, ...], Engine] = {}
+        # Of parents; not freed in a child, where a driver's objects cannot be.
+        self._inherited: list[dict[tuple[str, ...], Engine]] = []
+        after_fork(self._forget)
 
     def __len__(self) -> int:
         return len(self._engines)
@@ -35,6 +42,12 @@ class EngineCache:
             if engine is None or engine.closed:
                 engine = self._engines[key] = load(model, **load_options)
             return engine
+
+    def _forget(self) -> None:
+        """After a fork, where the lock may be a copy of a held one."""
+        self._lock = threading.Lock()
+        self._inherited.append(self._engines)
+        self._engines = {}
 
     def close(self) -> None:
         """Closes all engines; `get` loads new ones."""

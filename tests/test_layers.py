@@ -23,6 +23,7 @@ LAYERS = (
         "out_of_memory",
         "clock",
         "cpu_threads",
+        "forks",
         "storage",
         "stage_cost",
     ),

@@ -49,7 +49,7 @@ LAYERS = (
     ("packed_weights",),
     ("native_runner",),
     ("row_runner",),
-    ("options", "request"),  # from here on what engine is made of
+    ("options", "request", "call"),  # from here on what engine is made of
     ("scheduler",),
     ("scoring", "encoding"),
     ("choices",),

@@ -5,34 +5,14 @@ checkpoint.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from typing import Any
 
-from ovfast.engine import Engine
-from ovfast.loading import load
+from ovfast.engine_cache import EngineCache
 from ovfast.outputs import StreamChunk
 
-
-class _Engines:
-    """Engines already loaded, by model and load arguments. One for the process: loading takes
-    seconds and gigabytes.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._engines: dict[str, Engine] = {}
-
-    def get(self, model: str | os.PathLike[str], device: str) -> Engine:
-        key = f"{model!r} {device!r}"
-        with self._lock:
-            engine = self._engines.get(key)
-            if engine is None or engine.closed:
-                engine = self._engines[key] = load(model, device=device)
-            return engine
-
-
-_engines = _Engines()
+# One for the process: loading takes seconds and gigabytes.
+_engines = EngineCache()
 
 
 def generate(
@@ -60,7 +40,8 @@ def generate(
     Raises:
         OVFastError: see ``ovfast.errors``.
     """
-    return _engines.get(model, device).generate(prompt, images=images, videos=videos, **kwargs)
+    engine = _engines.get(model, device=device)
+    return engine.generate(prompt, images=images, videos=videos, **kwargs)
 
 
 def stream(
@@ -73,4 +54,5 @@ def stream(
     **kwargs: Any,
 ) -> Iterator[StreamChunk]:
     """Answers one prompt token by token; arguments as ``generate``, chunks as ``Engine.stream``."""
-    return _engines.get(model, device).stream(prompt, images=images, videos=videos, **kwargs)
+    engine = _engines.get(model, device=device)
+    return engine.stream(prompt, images=images, videos=videos, **kwargs)

@@ -116,7 +116,9 @@ class Engine(EngineBase):
 
         Returns:
             An iterator with one StreamChunk a token; the last one carries `output`. Closing or
-            dropping it frees its slot.
+            dropping it frees its slot. It belongs to one thread at a time: to end it early, break
+            out of the loop that reads it, or close it in that thread; while one thread reads it,
+            `close` in another raises Python's ValueError.
 
         Raises:
             OVFastError: at the call for what is wrong with the request, at the first `next` for

@@ -19,6 +19,7 @@ from ovfast.cuda_graphs import DEFAULT_GRAPH_BYTES, CudaCapture, GraphCache
 from ovfast.encoded_media import DEFAULT_ENCODED_BYTES
 from ovfast.engine import Engine
 from ovfast.errors import BackendError, CapacityError, OptionError, QuantizationError
+from ovfast.forks import keep_torch_single_threaded
 from ovfast.home_stream import use_device
 from ovfast.kv_cache import kv_bytes_per_token
 from ovfast.media import MediaLimits
@@ -93,7 +94,8 @@ def load(
             fast on a CPU with AVX512-BF16; weights are then bfloat16. Decode steps stay as exact as
             with "float32". On CUDA `dtype` decides.
         threads: of the native back end, for this engine; None takes all processors that the process
-            may use. Of plain torch on a CPU, for the whole process; None leaves torch's setting.
+            may use. Of plain torch on a CPU, for the whole process; None leaves torch's setting,
+            which is one thread in a process forked after a load: more would hang there.
         max_seq_len: positions a request may have, prompt and answer; None takes the checkpoint's.
         max_batch_size: requests decoded at a time; more run in waves.
         attention: of a prefill on CUDA: "sdpa" (torch), "triton" (ours), "flash" (flash-attn);
@@ -118,11 +120,10 @@ def load(
         here. CheckpointError, ConfigError: the checkpoint cannot be used.
         CapacityError: weights and cache do not fit in memory.
     """
+    keep_torch_single_threaded()
     wanted = wanted_storage(dtype, quantization, matmul_precision)
     _check_counts(threads=threads, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-    if device == "auto" and _is_packed_directory(model):
-        device = "cpu"
-    target = resolve_device(device)
+    target = device_for(model, device)
     for name, value, kind in (
         ("visual", visual, VisualOptions),
         ("media_limits", media_limits, MediaLimits),
@@ -189,11 +190,6 @@ def load(
     return _build(build, weight_bytes, cache_bytes, target)
 
 
-def _is_packed_directory(model: object) -> bool:
-    """Whether a model can run on the CPU alone, as far as is known before a download."""
-    return isinstance(model, str | os.PathLike) and is_packed(Path(model).expanduser())
-
-
 def _open_weights(
     path: Path, config: ModelConfig, ops: Ops, wanted: str | None
 ) -> tuple[CheckpointWeights | PackedCheckpoint, Ops]:
@@ -220,6 +216,13 @@ def _open_weights(
     return PackedCheckpoint(file, path, config, ops.native.PackedWeights), with_storage(
         ops, wanted or file.storage
     )
+
+
+def device_for(model: object, device: str | torch.device) -> torch.device:
+    """As `resolve_device`; "auto" is a CPU for a directory that is packed, so runs nowhere else."""
+    if device == "auto" and isinstance(model, str | os.PathLike):
+        device = "cpu" if is_packed(Path(model).expanduser()) else device
+    return resolve_device(device)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

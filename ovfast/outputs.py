@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ovfast.anyres import VisualOptions
 from ovfast.sampling import TokenLogprob
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class GenerationOutput:
     Attributes:
         text: the answer without its stop.
         token_ids: the generated ids, the stop token included.
-        finish_reason: "stop" (a stop token or string), "length" or "cancelled".
+        finish_reason: "stop" (a stop token or string) or "length".
         usage: token counts.
         logprobs: one entry a token if asked for, else None.
         timings: milliseconds by stage.

@@ -140,7 +140,8 @@ class Request:
         text = "" if result.finished == "stop" else self._decoder.push(result.token)
         if result.finished is not None:
             text += self._decoder.flush()
-        emit, stopped = self._match_stops(text)
+        counts = len(self._token_ids) > self.params.min_new_tokens
+        emit, stopped = self._stops.push(text, counts=counts)
         reason: FinishReason | None = "stop" if stopped else result.finished
         if reason is not None and not stopped:
             emit += self._stops.flush()
@@ -160,12 +161,6 @@ class Request:
             if self.inputs.num_views:
                 self.timings.vision_ms = elapsed_ms(started, embedded)
             self.timings.prefill_ms = elapsed_ms(begun, prefilled)
-
-    def _match_stops(self, text: str) -> tuple[str, bool]:
-        """Stop strings count only after `min_new_tokens`; text before that passes unmatched."""
-        if not self.params.stop or len(self._token_ids) <= self.params.min_new_tokens:
-            return text, False
-        return self._stops.push(text)
 
     def _stop_clock(self) -> None:
         timings, num_steps = self.timings, len(self._token_ids) - 1

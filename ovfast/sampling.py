@@ -42,7 +42,8 @@ class SamplingParams:
         stop: a string or several; the answer ends before the first that appears.
         stop_token_ids: ids that end the answer, besides the checkpoint's.
         ignore_eos: do not end at the checkpoint's stop ids.
-        min_new_tokens: no stop id before so many tokens.
+        min_new_tokens: no stop id before so many tokens, and no stop string that is complete within
+            them; one that begins there and is complete later ends the answer.
         logprobs: how many likely alternatives to report for each token (0: the token's own
             log-probability alone), or None for no log-probabilities.
 
@@ -237,11 +238,12 @@ class StopStrings:
         self._held = ""
         self._stopped = False
 
-    def push(self, text: str) -> tuple[str, bool]:
+    def push(self, text: str, *, counts: bool = True) -> tuple[str, bool]:
         """Take the next piece.
 
         Args:
             text: what follows all that was pushed before.
+            counts: whether a stop string that is complete in this piece ends the text.
 
         Returns:
             (text that cannot belong to a stop string any more, whether a stop string was found).
@@ -249,16 +251,18 @@ class StopStrings:
         """
         if self._stopped:
             return "", True
-        text = self._held + text
-        found = [(text.find(stop), len(stop)) for stop in self._stops]
+        num_held, text = len(self._held), self._held + text
+        # Not what is complete in the held text: it did not count.
+        firsts = [(stop, max(0, num_held + 1 - len(stop))) for stop in self._stops]
+        found = [(text.find(stop, first), len(stop)) for stop, first in firsts]
         complete = [(start + length, start) for start, length in found if start >= 0]
-        if complete:
+        if complete and counts:
             self._stopped, self._held = True, ""
             return text[: min(complete)[1]], True
         # Held back: the longest end of the text that a stop string begins with.
         longest = min(len(text), max(map(len, self._stops), default=1) - 1)
         ends = (text[len(text) - length :] for length in range(longest, 0, -1))
-        held = next((end for end in ends if any(s.startswith(end) for s in self._stops)), "")
+        held = next((e for e in ends if any(s != e and s.startswith(e) for s in self._stops)), "")
         self._held = held
         return text[: len(text) - len(held)], False
 

@@ -16,12 +16,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
 
+from ovfast.call import Call, always_wanted, check_wait_ends
 from ovfast.clock import Mark, mark
 from ovfast.errors import BackendError, CapacityError
 from ovfast.home_stream import HomeStream
@@ -48,19 +48,6 @@ class Loaded(NamedTuple):
     runner: DecodeRunner
 
 
-@dataclass(slots=True, eq=False)
-class Call:
-    """One public call; the slots it holds come free when it has ended.
-
-    Attributes:
-        owner: the thread that drives it; None once several have, as then any of them may go on.
-        ended: set by the call's last act, however it ends.
-    """
-
-    owner: int | None
-    ended: bool = False
-
-
 class Scheduler:
     """Runs requests over the slots of one cache; any number of threads may call it."""
 
@@ -85,13 +72,18 @@ class Scheduler:
     def num_free_slots(self) -> int:
         return self._calls.count(None)
 
+    @property
+    def _inherited(self) -> bool:
+        """Whether a fork brought this here: the lock may then be a copy of a held one."""
+        return self._process != os.getpid()
+
     def loaded(self) -> Loaded:
         """The model, its cache and its runner.
 
         Raises:
             BackendError: they have been freed, or belong to the parent of this process.
         """
-        if self._process != os.getpid():
+        if self._inherited:
             # Threads of torch and of a driver, and locks in use, do not survive a fork.
             raise BackendError(
                 "the engine was loaded before this process was forked; expected one of this"
@@ -104,8 +96,8 @@ class Scheduler:
     def close(self) -> None:
         """Frees the model; a step that another thread is in ends first."""
         self._loaded = None
-        if self._process != os.getpid():
-            return  # the lock is a copy, perhaps of a held one
+        if self._inherited:
+            return
         with self._lock:
             self._changed.notify_all()
 
@@ -122,6 +114,7 @@ class Scheduler:
             BackendError: the engine is closed, or this thread is inside a step already.
             CapacityError: the device ran out of memory.
         """
+        self.loaded()  # before the lock
         with self._lock:
             self._check_not_stepping()
             loaded = self.loaded()
@@ -245,9 +238,16 @@ class Scheduler:
             call.ended = True
             self._collect_now()
 
-    def stream(self, request: Request) -> Generator[StreamChunk, None, None]:
-        """Runs one request, a chunk at a time; closing or dropping the generator frees its slot."""
-        call = Call(threading.get_ident())
+    def stream(
+        self, request: Request, give_up: Callable[[], float] = always_wanted
+    ) -> Generator[StreamChunk, None, None]:
+        """Runs one request, a chunk at a time; closing or dropping the generator frees its slot.
+
+        Args:
+            request: not run yet.
+            give_up: of `Call`; what it raises ends the stream.
+        """
+        call = Call(threading.get_ident(), give_up)
         try:
             self._admit([request], call, wait=True)
             chunk = None
@@ -295,6 +295,7 @@ class Scheduler:
             requests[0].cached_tokens = cached
             embeds = [self.embed(several[0], cached)]
         embedded = mark(device)
+        call.give_up()
         for request, slot, rows in zip(requests, slots, embeds, strict=False):
             begin = partial(self._begin, request, slot, (started, embedded, mark(device)))
             self.prefill(rows, cache, slot, request.cached_tokens, begin)
@@ -350,13 +351,14 @@ class Scheduler:
         """A slot, empty but for what it still has of the request's handle; None if none is free,
         unless `wait` is set: that blocks until there is one.
         """
-        self.loaded()  # before the handle: closing released it
+        self.loaded()  # before the lock, and before the handle: closing released it
         prefix = None if inputs.encoded is None else inputs.encoded.held().prefix
         with self._lock:
             while True:
                 self._check_not_stepping()
                 loaded = self.loaded()
                 self._collect(loaded)
+                patience_s = call.give_up()
                 free = [slot for slot, taken in enumerate(self._calls) if taken is None]
                 if free:
                     slot = max(free, key=lambda slot: loaded.cache.num_copied(slot, prefix))
@@ -365,26 +367,16 @@ class Scheduler:
                     return slot
                 if not wait:
                     return None
-                self._check_wait_ends()
-                self._wait()
+                check_wait_ends(self._calls, self._blocked | {threading.get_ident()})
+                self._wait(min(WAIT_S, patience_s))
 
-    def _wait(self) -> None:
+    def _wait(self, seconds: float) -> None:
         thread = threading.get_ident()
         try:
             self._blocked.add(thread)
-            self._changed.wait(WAIT_S)
+            self._changed.wait(seconds)
         finally:
             self._blocked.discard(thread)
-
-    def _check_wait_ends(self) -> None:
-        """Raises where each slot is held by a call of this thread, or of one that waits itself."""
-        stuck = self._blocked | {threading.get_ident()}
-        if all(call is not None and call.owner in stuck for call in self._calls):
-            raise CapacityError(
-                f"all {len(self._calls)} slots are taken, and waiting would never end: a stream"
-                " that this thread has left open holds one. Finish or close the stream, or load"
-                " with a larger max_batch_size."
-            )
 
     def _check_not_stepping(self) -> None:
         if self._stepping:
@@ -394,6 +386,8 @@ class Scheduler:
             )
 
     def _collect_now(self) -> None:
+        if self._inherited:
+            return
         with self._lock:
             # Inside a step of this thread the step's end will do it.
             if not self._stepping and self._loaded is not None:

@@ -243,6 +243,11 @@ def test_min_new_tokens_and_stop_strings(engine: Engine, monkeypatch: pytest.Mon
     options = {"min_new_tokens": len(word), "max_new_tokens": 50}
     assert check_prefixes(engine, stop="sto", **options).text == "stop "
     assert check_prefixes(engine, stop=" ", **options).text == "stop stop"
+    for begins_before, kept in (("stop s", ""), ("op st", "st"), (" s", "stop")):
+        output = check_prefixes(engine, stop=begins_before, **options)
+        assert (output.text, output.finish_reason) == (kept, "stop")
+    longer = check_prefixes(engine, stop=["op ", "stop sting"], **options)
+    assert longer.text == "stop st", "held back, and complete too early to count"
 
 
 @pytest.mark.parametrize("count", [0, 3])

@@ -173,11 +173,11 @@ def test_the_module_level_call(tiny_checkpoint: Path) -> None:
     assert ovfast.generate("What?", images=scene(90, 90), **options).token_ids == expected
     chunks = ovfast.stream("What?", images=scene(90, 90), **options)
     assert tuple(t for chunk in chunks for t in chunk.token_ids) == expected
-    engine = api._engines.get(tiny_checkpoint, "cpu")
-    assert engine is api._engines.get(tiny_checkpoint, "cpu")
+    engine = api._engines.get(tiny_checkpoint, device="cpu")
+    assert engine is api._engines.get(tiny_checkpoint, device="cpu")
     engine.close()
     assert ovfast.generate("What?", images=scene(90, 90), **options).token_ids == expected
-    api._engines.get(tiny_checkpoint, "cpu").close()
+    api._engines.get(tiny_checkpoint, device="cpu").close()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -455,8 +455,19 @@ def test_overlapping_stop_strings(stops, text, wanted):
         assert (emitted, stopped) == (wanted, True)
 
 
-def naive_end(text: str, stops: list[str]) -> str | None:
-    for end in range(1, len(text) + 1):
+def test_stop_strings_that_begin_before_they_count():
+    stops = StopStrings(["ab", "abcd"])
+    assert stops.push("xab", counts=False) == ("x", False)
+    assert stops.push("", counts=False) == ("", False)
+    assert stops.push("c") == ("", False)
+    assert stops.push("e") == ("abce", False)
+    assert stops.push("ab") == ("", True)
+    assert StopStrings(["ab"]).push("xab", counts=False) == ("xab", False), "nothing to wait for"
+
+
+def naive_end(text: str, stops: list[str], least: int) -> str | None:
+    """The text before the first stop string that is complete behind the first characters."""
+    for end in range(least + 1, len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:
             return text[: end - max(map(len, complete))]
@@ -473,10 +484,12 @@ def test_stop_strings_equal_a_naive_search_whatever_the_pieces():
         ]
         text = "".join(draw.choices(letters, k=draw.randint(0, 14)))
         matcher = StopStrings(stops)
-        emitted, stopped, start = "", False, 0
+        emitted, stopped, start, least, early = "", False, 0, 0, draw.randint(0, 6)
         while start < len(text):
             end = start + draw.randint(1, 4)
-            piece, stopped = matcher.push(text[start:end])
+            if start < early:
+                least = end
+            piece, stopped = matcher.push(text[start:end], counts=start >= early)
             emitted += piece
             start = end
             if not stopped:
@@ -485,7 +498,7 @@ def test_stop_strings_equal_a_naive_search_whatever_the_pieces():
                 assert not waiting or any(
                     stop.startswith(waiting) and stop != waiting for stop in stops
                 )
-        wanted = naive_end(text, stops)
+        wanted = naive_end(text, stops, least)
         assert stopped == (wanted is not None)
         assert emitted + matcher.flush() == (text if wanted is None else wanted)
         found += stopped

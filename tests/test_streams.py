@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import ovfast
 from ovfast import CapacityError, Engine, MediaError, OptionError, SamplingParams
 from ovfast.models.llava_onevision import LlavaOnevision
+from ovfast.models.qwen2 import Qwen2
+from ovfast.scheduler import WAIT_S
 from tests.support.engines import REQUESTS, free_slots, open_engine, run_threads
 from tests.support.prompts import picture
 
@@ -175,6 +178,35 @@ def test_another_thread_waits_for_the_slot(engine: Engine) -> None:
     stream.close()
     thread.join()
     assert done == [expected] * 4
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_a_wait_for_the_slot_is_given_up(engine: Engine, last: int) -> None:
+    """Asked before the wait, and again when the call wants to be."""
+    stream, asked = engine.stream("Hi", sampling=ENDLESS), list[float]()
+    next(stream)
+
+    def give_up() -> float:
+        asked.append(time.monotonic())
+        if len(asked) == last:
+            raise TimeoutError
+        return 0.02
+
+    request = engine._request(engine.prepare("What?"), GREEDY, time.perf_counter())
+    (error,) = run_threads([lambda: next(engine._scheduler.stream(request, give_up))])
+    assert isinstance(error, TimeoutError)
+    assert asked[-1] - asked[0] < WAIT_S / 2
+    stream.close()
+
+
+def test_a_request_is_given_up_before_its_prefill(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [1.0]  # then the list is empty
+    monkeypatch.setattr(Qwen2, "prefill_hidden", None)
+    request = engine._request(engine.prepare(**REQUESTS["image"]), GREEDY, time.perf_counter())
+    with pytest.raises(IndexError):
+        next(engine._scheduler.stream(request, answers.pop))
 
 
 def test_a_busy_neighbour_is_waited_for(two_slots: Engine) -> None:

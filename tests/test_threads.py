@@ -270,20 +270,56 @@ def test_close_during_streams(tiny_checkpoint: Path) -> None:
     assert engine.closed
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # from Python 3.12 on
-def test_a_forked_child_is_told_to_load_its_own(engine: Engine) -> None:
+def in_forked_child(work: Callable[[], object]) -> str:
+    """What `work` returns in a forked child, or the error it raises there."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:  # nothing of pytest may run here
+        signal.alarm(20)
         try:
-            engine.generate("Hi", max_new_tokens=1)
+            os.write(write_end, str(work()).encode())
         except BackendError as error:
             os.write(write_end, str(error).encode())
-            engine.close()
         finally:
             os._exit(0)
     os.close(write_end)
     with os.fdopen(read_end) as answer:
-        assert "Load it after the fork" in answer.read()
-    os.waitpid(child, 0)
+        found = answer.read()
+    assert os.waitpid(child, 0)[1] == 0, "the child hangs"
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # from Python 3.12 on
+def test_a_forked_child_is_told_to_load_its_own(engine: Engine) -> None:
+    inputs, locked, unlock = engine.prepare("Hi"), threading.Event(), threading.Event()
+    stream, left = (engine.stream(inputs, sampling=ENDLESS) for _ in range(2))
+    next(stream), next(left)
+
+    def hold_lock() -> None:
+        def wait(loaded: object) -> None:
+            locked.set()
+            unlock.wait()
+
+        engine._scheduler.step(wait)
+
+    works: dict[str, Callable[[], object]] = {
+        "generate": lambda: engine.generate(inputs, max_new_tokens=1),
+        "forward": lambda: engine.forward(inputs),
+        "next": lambda: list(stream),
+        "step": lambda: engine._scheduler.step(len),
+    }
+    ends = (stream.close, left.close, engine.close)
+    thread = threading.Thread(target=hold_lock)
+    thread.start()
+    locked.wait()
+    try:
+        errors = {name: in_forked_child(work) for name, work in works.items()}
+        closed = in_forked_child(lambda: [end() for end in ends])
+    finally:
+        unlock.set()
+        thread.join()
+    assert [name for name, error in errors.items() if "Load it after the fork" not in error] == []
+    assert closed == "[None, None, None]"
+    stream.close()
+    left.close()
     assert tokens_of(engine, "text")

@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ovfast.engine import Engine
+from ovfast.engine_cache import EngineCache
 from ovfast.errors import (
     BackendError,
     CapacityError,
@@ -37,7 +38,6 @@ from ovfast.integrations.arguments import visual_with
 from ovfast.integrations.chats import prepare_chat
 from ovfast.integrations.openai_messages import parse_messages
 from ovfast.integrations.openai_options import parse_options, unsupported
-from ovfast.loading import load
 from ovfast.model_inputs import ModelInputs
 from ovfast.outputs import GenerationOutput, StreamChunk
 from ovfast.sampling import SamplingParams
@@ -84,15 +84,11 @@ class OVFastLLM(litellm.CustomLLM):
         super().__init__()
         self._engine, self._media_path = engine, allowed_local_media_path
         self._load_options = load_options
-        self._engines: dict[str, Engine] = {}
-        self._lock = threading.Lock()
+        self._engines = EngineCache()
 
     def close(self) -> None:
         """Frees the models that were loaded by name."""
-        with self._lock:
-            for engine in self._engines.values():
-                engine.close()
-            self._engines.clear()
+        self._engines.close()
 
     def completion(
         self, *args: Any, cancelled: threading.Event | None = None, **kwargs: Any
@@ -172,15 +168,8 @@ class OVFastLLM(litellm.CustomLLM):
     def _engine_of(self, model: str) -> Engine:
         if self._engine is not None:
             return self._engine
-        with self._lock:
-            engine = self._engines.get(model)
-            if engine is None or engine.closed:
-                engine = self._engines[model] = self._load(model)
-            return engine
-
-    def _load(self, model: str) -> Engine:
         try:
-            return load(model, **self._load_options)
+            return self._engines.get(model, **self._load_options)
         except CapacityError as error:  # of the machine, not of a prompt's length
             raise BackendError(str(error)) from error
 

@@ -288,6 +288,7 @@ def test_models_are_loaded_by_name(expected: ovfast.GenerationOutput, tmp_path: 
     for _ in range(2):
         response = litellm.completion("ovfast-named/demo", messages=user(part, TEXT))
         assert response.choices[0].message.content == expected.text
+    litellm.completion(f"ovfast-named/{SAMPLES.parent}", messages=user(TEXT), max_tokens=1)
     assert len(handler._engines) == 1
     with pytest.raises(litellm.NotFoundError):
         litellm.completion(f"ovfast-named/{tmp_path}/none", messages=SHAPES["object"])

@@ -201,6 +201,11 @@ def test_stops_and_their_reasons(demo: LLM) -> None:
     assert (output.finish_reason, output.stop_reason) == ("length", None)
     (output,) = demo.generate(prompt, greedy(ignore_eos=True, min_tokens=24))[0].outputs
     assert len(output.token_ids) == 24
+    assert [demo.engine._processor.decode([t]) for t in free.token_ids[:2]] == [" shapes", ":"]
+    (output,) = demo.generate(prompt, greedy(stop="shapes: ", min_tokens=2))[0].outputs
+    assert (output.text, output.stop_reason) == (" ", "shapes: "), "begins within the least"
+    (output,) = demo.generate(prompt, greedy(stop="shapes", min_tokens=2))[0].outputs
+    assert (output.text, output.stop_reason) == (free.text, None), "complete within them"
     (output,) = demo.generate(prompt, greedy(detokenize=False))[0].outputs
     assert (output.text, output.token_ids) == ("", free.token_ids)
 

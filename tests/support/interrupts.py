@@ -8,7 +8,7 @@ from typing import Any
 
 from ovfast import BackendError
 
-FILES = ("scheduler.py", "runner.py", "request.py")
+FILES = ("scheduler.py", "call.py", "runner.py", "request.py")
 # A store that follows no call and no jump: CPython looks for no signal before it, a tracer could.
 SIGNAL_FREE = (
     "call.ended = True",

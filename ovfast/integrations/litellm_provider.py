@@ -13,6 +13,7 @@ custom_handler.
 
 import asyncio
 import importlib
+import math
 import os
 import secrets
 import threading
@@ -34,6 +35,7 @@ from ovfast.errors import (
     OVFastError,
     PromptError,
 )
+from ovfast.forks import after_fork
 from ovfast.integrations.arguments import visual_with
 from ovfast.integrations.chats import prepare_chat
 from ovfast.integrations.openai_messages import parse_messages
@@ -45,6 +47,7 @@ from ovfast.sampling import SamplingParams
 __all__ = ["OVFastLLM", "ovfast_llm", "register"]
 
 PROVIDER = "ovfast"
+MAX_THREADS = 64  # of acompletion; calls beyond them wait for one
 
 try:
     litellm: Any = importlib.import_module("litellm")
@@ -61,8 +64,15 @@ class Call(NamedTuple):
     engine: Engine
     inputs: ModelInputs
     params: list[SamplingParams]
-    deadline: float | None  # of time.monotonic
+    deadline: float  # of time.monotonic
     cancelled: threading.Event  # nobody waits for the answer any more
+
+    def seconds_left(self) -> float:
+        """Until the deadline; raises Timeout where it is over or nobody waits any more."""
+        left = self.deadline - time.monotonic()
+        if left <= 0 or self.cancelled.is_set():
+            raise _timeout(self.model)
+        return left
 
 
 class OVFastLLM(litellm.CustomLLM):
@@ -85,6 +95,8 @@ class OVFastLLM(litellm.CustomLLM):
         self._engine, self._media_path = engine, allowed_local_media_path
         self._load_options = load_options
         self._engines = EngineCache()
+        self._renew_threads()
+        after_fork(self._renew_threads)
 
     def close(self) -> None:
         """Frees the models that were loaded by name."""
@@ -101,20 +113,25 @@ class OVFastLLM(litellm.CustomLLM):
         """
         del args
         with _mapped(kwargs["model"]):
-            call = self._call(kwargs, cancelled)
+            call = self._call(kwargs, cancelled or threading.Event())
             outputs = [_collect(call, params) for params in call.params]
         return _response(call, outputs, kwargs["model_response"])
 
     async def acompletion(self, *args: Any, **kwargs: Any) -> Any:
-        """`completion` in a thread, which ends at its next token once this is cancelled."""
+        """`completion` in a thread, which ends at its next token once this is cancelled or late."""
         cancelled = threading.Event()
+        run = partial(self.completion, *args, cancelled=cancelled, **kwargs)
+        answer = asyncio.get_running_loop().run_in_executor(self._threads, run)
         try:
-            run = partial(self.completion, *args, cancelled=cancelled, **kwargs)
-            return await asyncio.to_thread(run)
+            return await asyncio.wait_for(answer, _seconds(kwargs.get("timeout")))
+        except TimeoutError as error:
+            raise _timeout(kwargs["model"]) from error
         finally:
             cancelled.set()
 
-    def streaming(self, *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
+    def streaming(
+        self, *args: Any, cancelled: threading.Event | None = None, **kwargs: Any
+    ) -> Iterator[dict[str, Any]]:
         """LiteLLM's generic chunks, one a token; arguments as CustomLLM.streaming.
 
         Raises:
@@ -122,7 +139,7 @@ class OVFastLLM(litellm.CustomLLM):
         """
         del args
         with _mapped(kwargs["model"]):
-            call = self._call(kwargs)
+            call = self._call(kwargs, cancelled or threading.Event())
             (params, *more) = call.params
             if more or params.logprobs is not None:
                 raise OptionError(
@@ -136,17 +153,25 @@ class OVFastLLM(litellm.CustomLLM):
         loop = asyncio.get_running_loop()
         pool = ThreadPoolExecutor(1, thread_name_prefix="ovfast-stream")
         chunks: Any = iter(())
+        cancelled = threading.Event()
         try:
-            start = partial(self.streaming, *args, **kwargs)
+            start = partial(self.streaming, *args, cancelled=cancelled, **kwargs)
             chunks = await loop.run_in_executor(pool, start)
             while (chunk := await loop.run_in_executor(pool, next, chunks, None)) is not None:
                 yield chunk
         finally:
+            cancelled.set()
             # Behind the step that may still be running; it must not keep the loop waiting.
             pool.submit(getattr(chunks, "close", int))
             pool.shutdown(wait=False)
 
-    def _call(self, kwargs: Mapping[str, Any], cancelled: threading.Event | None = None) -> Call:
+    def _renew_threads(self) -> None:
+        """Not asyncio's, which others need; anew in a forked child, where the old ones are gone."""
+        self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="ovfast-call")
+
+    def _call(self, kwargs: Mapping[str, Any], cancelled: threading.Event) -> Call:
+        seconds = _seconds(kwargs.get("timeout"))
+        deadline = math.inf if seconds is None else time.monotonic() + seconds
         options = parse_options(_parameters(kwargs))
         messages = parse_messages(kwargs["messages"], allowed_path=self._media_path)
         engine = self._engine_of(kwargs["model"])
@@ -161,8 +186,8 @@ class OVFastLLM(litellm.CustomLLM):
             engine,
             inputs,
             options.seeded(secrets.randbits(63)),
-            _deadline(kwargs.get("timeout")),
-            cancelled or threading.Event(),
+            deadline,
+            cancelled,
         )
 
     def _engine_of(self, model: str) -> Engine:
@@ -207,25 +232,30 @@ def _parameters(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in params.items() if name not in refused}
 
 
-def _deadline(timeout: Any) -> float | None:
-    """When a call has to end; an httpx timeout counts by its read timeout."""
+def _seconds(timeout: Any) -> float | None:
+    """How long a call may take; an httpx timeout counts by its read timeout."""
     seconds = getattr(timeout, "read", timeout)
-    return time.monotonic() + seconds if isinstance(seconds, int | float) else None
+    return seconds if isinstance(seconds, int | float) else None
+
+
+def _timeout(model: str) -> Exception:
+    error: Exception = litellm.Timeout(
+        "the answer was not complete in time; raise timeout, or lower max_tokens.",
+        model=model,
+        llm_provider=PROVIDER,
+    )
+    return error
 
 
 def _steps(call: Call, params: SamplingParams) -> Iterator[StreamChunk]:
     """Chunks of one answer, until the deadline or the end of who waits for it."""
-    chunks = call.engine.stream(call.inputs, sampling=params)
+    request = call.engine._request(call.inputs, params, time.perf_counter())
+    chunks = call.engine._scheduler.stream(request, call.seconds_left)
     try:
         for chunk in chunks:
             yield chunk
-            late = call.deadline is not None and time.monotonic() > call.deadline
-            if (late or call.cancelled.is_set()) and chunk.output is None:
-                raise litellm.Timeout(
-                    "the answer was not complete in time; raise timeout, or lower max_tokens.",
-                    model=call.model,
-                    llm_provider=PROVIDER,
-                )
+            if chunk.output is None:
+                call.seconds_left()
     finally:
         chunks.close()
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import ovfast
+from tests.support.engines import run_threads
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else its import asks the network
 litellm = pytest.importorskip("litellm", reason="run by make test-integrations")
@@ -163,6 +165,114 @@ def test_a_cancelled_call_frees_its_slot(engine: ovfast.Engine) -> None:
     asyncio.run(run())  # waits for its threads
     wait_for_slots(engine, 4)
     assert time.monotonic() - started < 5  # 50 answers of 900 tokens take more than 30 s
+
+
+@pytest.fixture
+def busy(engine: ovfast.Engine) -> Iterator[ovfast.Engine]:
+    """All slots are taken by streams of this thread; nothing waits at the end."""
+    streams = [engine.stream("Hi", ignore_eos=True) for _ in range(4)]
+    for stream in streams:
+        next(stream)
+    yield engine
+    for _ in range(150):
+        if not engine._scheduler._blocked:
+            break
+        time.sleep(0.02)
+    waiting = len(engine._scheduler._blocked)
+    for stream in streams:
+        stream.close()
+    wait_for_slots(engine, 4)
+    assert waiting == 0, "still waits for a slot"
+
+
+async def await_answer(stream: bool, **options: Any) -> None:
+    answer = await litellm.acompletion(
+        "ovfast/demo", messages=SHAPES["object"], stream=stream, **options
+    )
+    if stream:
+        async for _ in answer:
+            pass
+
+
+@pytest.mark.usefixtures("busy")
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_timeout_while_waiting_for_a_slot(stream: bool) -> None:
+    started = time.monotonic()
+    with pytest.raises(litellm.Timeout):
+        asyncio.run(await_answer(stream, timeout=0.2))
+    (error,) = run_threads([lambda: list(ask(stream=stream, timeout=0.2))])
+    assert isinstance(error, litellm.Timeout)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_cancelled_call_stops_waiting(busy: ovfast.Engine, stream: bool) -> None:
+    async def run() -> None:
+        task = asyncio.create_task(await_answer(stream))
+        while not busy._scheduler._blocked:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("busy")
+def test_waiting_calls_leave_asyncios_threads_alone() -> None:
+    async def run() -> None:
+        tasks = [asyncio.create_task(await_answer(stream=False)) for _ in range(40)]
+        await asyncio.sleep(0.5)
+        await asyncio.wait_for(asyncio.to_thread(int), 5)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_a_timeout_while_waiting_for_a_thread(
+    busy: ovfast.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ovfast.integrations import litellm_provider
+
+    monkeypatch.setattr(litellm_provider, "MAX_THREADS", 1)
+    handler = litellm_provider.OVFastLLM(busy)
+    given = {"model": "demo", "messages": SHAPES["object"], "optional_params": {}}
+
+    async def run() -> list[Any]:
+        calls = [handler.acompletion(**given, timeout=seconds) for seconds in (60, 0.2)]
+        tasks = [asyncio.create_task(call) for call in calls]
+        done, _ = await asyncio.wait(tasks, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+        tasks[0].cancel()
+        return [task.exception() for task in done]
+
+    (error,) = asyncio.run(run())
+    assert isinstance(error, litellm.Timeout)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # from Python 3.12 on
+def test_a_forked_child_loads_its_own() -> None:
+    from ovfast.integrations import litellm_provider
+
+    handler = litellm_provider.OVFastLLM(device="cpu", max_seq_len=512)
+    options = {"model": "demo", "messages": user(TEXT), "optional_params": {"max_tokens": 2}}
+
+    def answer() -> str:
+        call = handler.acompletion(**options, model_response=litellm.ModelResponse())
+        return str(asyncio.run(call).choices[0].message.content)
+
+    expected = answer()
+    time.sleep(0.1)  # its thread, idle by then, would get the child's call
+    child = os.fork()
+    if child == 0:  # nothing of pytest may run here
+        signal.alarm(30)
+        try:
+            os._exit(0 if answer() == expected else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    handler.close()
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])

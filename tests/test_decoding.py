@@ -118,6 +118,14 @@ def test_the_first_error_in_order(watched: Watched) -> None:
         list(pictures)
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """As in a terminal; a shell's background jobs ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def check_few_begun(watched: Watched, before: set[threading.Thread]) -> None:
     """Of many pictures those alone that had been begun, and soon no thread is left."""
     deadline = time.monotonic() + DEADLINE_S
@@ -138,6 +146,7 @@ def test_an_error_leaves_nothing_running(watched: Watched) -> None:
     check_few_begun(watched, before)
 
 
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("call", [1, 9])
 def test_ctrl_c_leaves_nothing_running(engine: Engine, watched: Watched, call: int) -> None:
     """While threads are started, and while the caller waits for a picture."""

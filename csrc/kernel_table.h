@@ -31,8 +31,7 @@ struct KernelTable {
   const char* isa;                                     // "scalar", "avx2" or "avx512"
   void (*linear_float)(Team&, const LinearArgs&);      // weights in float32, float16, bfloat16
   void (*linear_quantized)(Team&, const LinearArgs&);  // weights in int8, int4
-  void (*linear_brain)(Team&,
-                       const LinearArgs&);  // bfloat16 times bfloat16; null: no such products
+  void (*linear_brain)(Team&, const LinearArgs&);      // bfloat16 times bfloat16; may be null
   void (*layer_norm)(Team&, const LayerNormArgs&);
   void (*rms_norm)(Team&, const RmsNormArgs&);
   void (*rope)(Team&, const RopeArgs&);

@@ -59,11 +59,25 @@ OVFAST_INLINE void AddInput(const float* x, std::int64_t x_stride, const Vec (&w
   }
 }
 
-// The sums of a panel of num_k inputs for a tile of rows and blocks become the totals (row-major,
-// 16 columns a block), or are added to them. Meanwhile memory from `ahead` on comes to L2,
-// ahead_step bytes an input: a few at a time, because many at once hold up the loads behind them.
-// kXStride: that of x, or 0 and x_stride tells; each row's address then takes a register of its
-// own.
+// Sums of a tile of rows and blocks become the totals (row-major, 16 columns a block), or are added
+// to them.
+template <int kRows, int kBlocks, std::int64_t kTotalsStride>
+OVFAST_INLINE void StoreSums(const Vec (&sums)[kRows][kBlocks], bool adds, float* totals) {
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row) {
+    float* const total = totals + row * kTotalsStride;
+#pragma GCC unroll 4
+    for (int block = 0; block < kBlocks; ++block) {
+      const Vec sum = sums[row][block];
+      Store(total + block * kBlock, adds ? Add(Load(total + block * kBlock), sum) : sum);
+    }
+  }
+}
+
+// The sums of a panel of num_k inputs for a tile of rows and blocks go to the totals. Meanwhile
+// memory from `ahead` on comes to L2, ahead_step bytes an input: a few at a time, because many at
+// once hold up the loads behind them. kXStride: that of x, or 0 and x_stride tells; each row's
+// address then takes a register of its own.
 template <WeightKind kKind, int kRows, int kBlocks, bool kPrefetches, std::int64_t kXStride,
           std::int64_t kTotalsStride>
 inline void SumPanel(const float* x, std::int64_t x_stride, const std::uint8_t* const* blocks,
@@ -109,16 +123,7 @@ inline void SumPanel(const float* x, std::int64_t x_stride, const std::uint8_t* 
       }
       AddInput<kRows, kBlocks>(x + k, x_stride, weights, sums);
     }
-#pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) {
-      float* const total = totals + row * kTotalsStride;
-#pragma GCC unroll 4
-      for (int block = 0; block < kBlocks; ++block) {
-        const Vec sum = sums[row][block];
-        Store(total + block * kBlock,
-              adds || first > 0 ? Add(Load(total + block * kBlock), sum) : sum);
-      }
-    }
+    StoreSums<kRows, kBlocks, kTotalsStride>(sums, adds || first > 0, totals);
   }
 }
 
@@ -180,20 +185,6 @@ inline void StreamRows(Team& team, const LinearArgs& args) {
 constexpr std::int64_t kCopyStride = kPanel + 16;  // another set of L1 for each row
 constexpr std::int64_t kTotalsStride = kMostBlocks * kBlock;
 
-// SumPanel on panels in float32, for a number of rows known at run time.
-template <int kRows>
-inline void SumTile(std::int64_t num_rows, const float* inputs, const std::uint8_t* const* blocks,
-                    std::int64_t num_k, const std::uint8_t* ahead, std::int64_t ahead_step,
-                    bool adds, float* totals) {
-  if constexpr (kRows > 1) {
-    if (num_rows < kRows) {
-      return SumTile<kRows - 1>(num_rows, inputs, blocks, num_k, ahead, ahead_step, adds, totals);
-    }
-  }
-  SumPanel<WeightKind::kFloat32, kRows, kTileBlocks, true, kCopyStride, kTotalsStride>(
-      inputs, kCopyStride, blocks, num_k, ahead, ahead_step, adds, totals);
-}
-
 // The panel of num_k inputs of a block to float32.
 template <WeightKind kKind>
 inline void ExpandPanel(const std::uint8_t* block, std::int64_t num_k, float* panel) {
@@ -212,8 +203,6 @@ inline void ExpandPanel(const std::uint8_t* block, std::int64_t num_k, float* pa
 struct RowChunk {
   std::int64_t first_row, num_rows;
   std::int64_t first_block, num_blocks;
-  float* panels;  // (kTileBlocks, kPanel, 16), scratch
-  float* inputs;  // (num_rows, kCopyStride), scratch
   float* totals;  // (num_rows, kTotalsStride), scratch
 };
 
@@ -251,63 +240,82 @@ inline void PrefetchOutputs(const LinearArgs& args, const RowChunk& chunk, std::
   for (std::int64_t i = 0; i < num_rows; ++i) __builtin_prefetch(out + i * args.out_stride, 1, 3);
 }
 
+// What a task on many rows multiplies: `Panels` reads inputs and weights a panel at a time.
+//   kInputs, kInputBytes: inputs of a panel, bytes of an input in a packed block
+//   kStepInputs: inputs between two times that L2 is asked for what comes next
+//   Read(x, x_stride, num_rows, num_k): takes the inputs of a panel
+//   Expand(num_k, blocks): makes operands of kTileBlocks blocks, or leaves them where they lie
+//   Sum<kRows>(row, blocks, num_k, ahead, ahead_step, adds, totals): as SumPanel, of rows from
+//   `row`
+
+// Panels::Sum for a number of rows known at run time.
+template <int kRows, class Panels>
+inline void SumTile(const Panels& panels, std::int64_t num_rows, std::int64_t row,
+                    const std::uint8_t* const* blocks, std::int64_t num_k,
+                    const std::uint8_t* ahead, std::int64_t ahead_step, bool adds, float* totals) {
+  if constexpr (kRows > 1) {
+    if (num_rows < kRows) {
+      return SumTile<kRows - 1>(panels, num_rows, row, blocks, num_k, ahead, ahead_step, adds,
+                                totals);
+    }
+  }
+  panels.template Sum<kRows>(row, blocks, num_k, ahead, ahead_step, adds, totals);
+}
+
 // All tiles of rows on one panel of kTileBlocks blocks. Meanwhile the bytes from `ahead` on, those
 // of the next panel, come to L2.
-inline void SumTiles(const LinearArgs& args, const RowChunk& chunk, std::int64_t block,
-                     const std::uint8_t* const* blocks, std::int64_t k, const std::uint8_t* ahead,
-                     std::int64_t ahead_bytes) {
-  const std::int64_t num_k = LeastOf(kPanel, args.matrix.cols - k);
-  const bool is_last = k + kPanel >= args.matrix.cols;
+template <class Panels>
+inline void SumTiles(const LinearArgs& args, const RowChunk& chunk, const Panels& panels,
+                     std::int64_t block, const std::uint8_t* const* blocks, std::int64_t k,
+                     const std::uint8_t* ahead) {
+  constexpr std::int64_t kStep = Panels::kStepInputs;
+  constexpr std::int64_t kAhead = Panels::kInputs * Panels::kInputBytes;
+  const std::int64_t num_k = LeastOf(Panels::kInputs, args.matrix.cols - k);
+  const bool is_last = k + Panels::kInputs >= args.matrix.cols;
   // Tiles of even height: a tile of one row costs as much as one of four.
   const std::int64_t num_tiles = (chunk.num_rows + kTileRows - 1) / kTileRows;
   const std::int64_t low_rows = chunk.num_rows / num_tiles, num_high = chunk.num_rows % num_tiles;
-  const std::int64_t ahead_step = (ahead_bytes + num_tiles * num_k - 1) / (num_tiles * num_k);
+  const std::int64_t tile_steps = (num_k + kStep - 1) / kStep;
+  const std::int64_t num_steps = num_tiles * tile_steps;
+  const std::int64_t ahead_step = (kAhead + num_steps - 1) / num_steps;
   std::int64_t row = 0;
   for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
     const std::int64_t num_rows = low_rows + (tile < num_high ? 1 : 0);
     if (is_last) PrefetchOutputs(args, chunk, row, num_rows, block);
-    float* const totals = chunk.totals + row * kTotalsStride;
-    SumTile<kTileRows>(num_rows, chunk.inputs + row * kCopyStride, blocks, num_k,
-                       ahead + tile * num_k * ahead_step, ahead_step, k > 0,
-                       totals + block * kBlock);
+    SumTile<kTileRows>(panels, num_rows, row, blocks, num_k, ahead + tile * tile_steps * ahead_step,
+                       ahead_step, k > 0, chunk.totals + row * kTotalsStride + block * kBlock);
     if (is_last) FinishTile(args, chunk, row, num_rows, block);
     row += num_rows;
   }
 }
 
-template <WeightKind kKind>
-inline void SumChunk(const LinearArgs& args, const RowChunk& chunk) {
+template <class Panels>
+inline void SumChunk(const LinearArgs& args, const RowChunk& chunk, const Panels& panels) {
   const PackedMatrix& matrix = args.matrix;
-  constexpr std::int64_t kInputBytes = kBlock * kWeightBytes<kKind>;  // of one input of a block
-  const std::int64_t block_bytes = PaddedCols(matrix.cols) * kInputBytes;
+  const std::int64_t block_bytes = PaddedCols(matrix.cols) * Panels::kInputBytes;
   const std::uint8_t* const weights = matrix.data + chunk.first_block * block_bytes;
-  for (std::int64_t k = 0; k < matrix.cols; k += kPanel) {
-    const std::int64_t num_k = LeastOf(kPanel, matrix.cols - k);
-    CopyInputs(args.x + chunk.first_row * args.x_stride + k, args.x_stride, chunk.num_rows, num_k,
-               chunk.inputs);
+  for (std::int64_t k = 0; k < matrix.cols; k += Panels::kInputs) {
+    const std::int64_t num_k = LeastOf(Panels::kInputs, matrix.cols - k);
+    panels.Read(args.x + chunk.first_row * args.x_stride + k, args.x_stride, chunk.num_rows, num_k);
     for (std::int64_t block = 0; block < chunk.num_blocks; block += kTileBlocks) {
       const std::uint8_t* blocks[kTileBlocks];
       for (int i = 0; i < kTileBlocks; ++i) {
         const std::int64_t index = LeastOf(block + i, chunk.num_blocks - 1);
-        blocks[i] = weights + index * block_bytes + k * kInputBytes;
-        if constexpr (kKind != WeightKind::kFloat32) {
-          float* const panel = chunk.panels + i * kPanel * kBlock;
-          ExpandPanel<kKind>(blocks[i], num_k, panel);
-          blocks[i] = reinterpret_cast<const std::uint8_t*>(panel);
-        }
+        blocks[i] = weights + index * block_bytes + k * Panels::kInputBytes;
       }
+      panels.Expand(num_k, blocks);
       const bool is_end = block + kTileBlocks >= chunk.num_blocks;
       const std::int64_t next_block = is_end ? 0 : block + kTileBlocks;
-      const std::int64_t next_k = is_end ? LeastOf(k + kPanel, matrix.cols - 1) : k;
-      SumTiles(args, chunk, block, blocks, k,
-               weights + next_block * block_bytes + next_k * kInputBytes, kPanel * kInputBytes);
+      const std::int64_t next_k = is_end ? LeastOf(k + Panels::kInputs, matrix.cols - 1) : k;
+      SumTiles(args, chunk, panels, block, blocks, k,
+               weights + next_block * block_bytes + next_k * Panels::kInputBytes);
     }
   }
 }
 
-// Calls sum(chunk, rows of a full chunk) for each task on many rows.
-template <class Sum>
-inline void ForChunks(Team& team, const LinearArgs& args, const Sum& sum) {
+// Sums chunks of rows and groups of blocks, a task each, by panels that lie in a thread's scratch.
+template <class Panels>
+inline void LinearChunks(Team& team, const LinearArgs& args) {
   const std::int64_t num_blocks = NumBlocks(args.matrix.rows);
   const std::int64_t num_chunks = (args.num_rows + kMostRows - 1) / kMostRows;
   const std::int64_t chunk_rows = (args.num_rows + num_chunks - 1) / num_chunks;
@@ -319,28 +327,61 @@ inline void ForChunks(Team& team, const LinearArgs& args, const Sum& sum) {
   const std::int64_t num_groups = (num_blocks + group - 1) / group;
   // Chunks on the same weights follow one another: the weights come from the cache.
   team.For(num_chunks * num_groups, [&](std::int64_t i) {
-    RowChunk chunk{};
+    RowChunk chunk;
     chunk.first_row = i % num_chunks * chunk_rows;
     chunk.num_rows = LeastOf(chunk_rows, args.num_rows - chunk.first_row);
     chunk.first_block = i / num_chunks * group;
     chunk.num_blocks = LeastOf(group, num_blocks - chunk.first_block);
-    sum(chunk, chunk_rows);
+    const std::int64_t floats = Panels::Floats(chunk_rows) + chunk_rows * kTotalsStride;
+    float* const scratch =
+        static_cast<float*>(team.Scratch(static_cast<std::size_t>(floats) * sizeof(float)));
+    chunk.totals = scratch + Panels::Floats(chunk_rows);
+    SumChunk(args, chunk, Panels(scratch));
   });
 }
+
+// Products of float32: weights are expanded to it.
+template <WeightKind kKind>
+class FloatPanels {
+ public:
+  static constexpr std::int64_t kInputs = kPanel;
+  static constexpr std::int64_t kInputBytes = kBlock * kWeightBytes<kKind>;
+  static constexpr std::int64_t kStepInputs = 1;
+
+  static std::int64_t Floats(std::int64_t num_rows) { return kExpanded + num_rows * kCopyStride; }
+
+  explicit FloatPanels(float* scratch) : weights_(scratch), inputs_(scratch + kExpanded) {}
+
+  void Read(const float* x, std::int64_t x_stride, std::int64_t num_rows,
+            std::int64_t num_k) const {
+    CopyInputs(x, x_stride, num_rows, num_k, inputs_);
+  }
+  void Expand(std::int64_t num_k, const std::uint8_t** blocks) const {
+    if constexpr (kKind != WeightKind::kFloat32) {
+      for (int i = 0; i < kTileBlocks; ++i) {
+        float* const panel = weights_ + i * kPanel * kBlock;
+        ExpandPanel<kKind>(blocks[i], num_k, panel);
+        blocks[i] = reinterpret_cast<const std::uint8_t*>(panel);
+      }
+    }
+  }
+  template <int kRows>
+  void Sum(std::int64_t row, const std::uint8_t* const* blocks, std::int64_t num_k,
+           const std::uint8_t* ahead, std::int64_t ahead_step, bool adds, float* totals) const {
+    SumPanel<WeightKind::kFloat32, kRows, kTileBlocks, true, kCopyStride, kTotalsStride>(
+        inputs_ + row * kCopyStride, kCopyStride, blocks, num_k, ahead, ahead_step, adds, totals);
+  }
+
+ private:
+  static constexpr std::int64_t kExpanded = kTileBlocks * kPanel * kBlock;
+  float* weights_;  // (kTileBlocks, kPanel, 16)
+  float* inputs_;   // (rows, kCopyStride)
+};
 
 template <WeightKind kKind>
 inline void LinearOfKind(Team& team, const LinearArgs& args) {
   if (args.num_rows <= kTileRows) return StreamRows<kKind, kTileRows>(team, args);
-  ForChunks(team, args, [&](RowChunk& chunk, std::int64_t chunk_rows) {
-    constexpr std::int64_t kPanelFloats = kTileBlocks * kPanel * kBlock;
-    const std::int64_t input_floats = chunk_rows * kCopyStride;
-    const std::int64_t floats = kPanelFloats + input_floats + chunk_rows * kTotalsStride;
-    chunk.panels =
-        static_cast<float*>(team.Scratch(static_cast<std::size_t>(floats) * sizeof(float)));
-    chunk.inputs = chunk.panels + kPanelFloats;
-    chunk.totals = chunk.inputs + input_floats;
-    SumChunk<kKind>(args, chunk);
-  });
+  LinearChunks<FloatPanels<kKind>>(team, args);
 }
 
 inline void LinearFloat(Team& team, const LinearArgs& args) {
